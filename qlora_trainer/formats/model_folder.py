@@ -1,0 +1,111 @@
+"""A whole model in one weight format: written matrix by matrix, read back decoded, never held.
+
+The folder is what transformers loads: config.json (with its ``quantization_config``), safetensors
+shards, tokenizer. Memory stays at one shard, whatever the model's size.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.formats.weight_format import WeightFormat
+from qlora_trainer.runtime.atomic import write_text
+from qlora_trainer.runtime.weight_files import copy_companions, read_tensors, write_shards
+from qlora_trainer.runtime.weight_headers import read_headers
+
+
+def write_model(
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    weight_format: WeightFormat,
+    *,
+    linear_modules: Collection[str],
+    like: Path,
+    rest_dtype: torch.dtype,
+    ignored: Collection[str] = (),
+    on_encoded: Callable[[str, Tensor, Mapping[str, Tensor]], None] | None = None,
+) -> int:
+    """Writes a model; the matrices of ``linear_modules`` go through ``weight_format``, the rest is cast.
+
+    Args:
+        folder: an existing, empty folder (usually from ``runtime.atomic.writing_folder``).
+        weights: every tensor of the model by checkpoint name; float32 or narrower.
+        weight_format: how matrices are stored.
+        linear_modules: module names whose ``.weight`` is encoded.
+        like: model folder whose config.json and tokenizer files are taken over.
+        rest_dtype: type of everything that is not encoded.
+        ignored: linear modules that stay unquantized, named in the config (usually the output head).
+        on_encoded: told of each matrix with its module's name, its weight and what is stored for it.
+
+    Returns:
+        Bytes of the weights written.
+
+    Raises:
+        ValueError: the format cannot hold a matrix; names the module.
+    """
+    targets = set(linear_modules)
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            module = name.removesuffix(".weight")
+            if name.endswith(".weight") and module in targets:
+                parts = _encode(module, tensor, weight_format)
+                if on_encoded is not None:
+                    on_encoded(module, tensor, parts)
+                yield from ((f"{module}.{suffix}", part) for suffix, part in parts.items())
+            else:
+                yield name, tensor.to(rest_dtype) if tensor.is_floating_point() else tensor
+
+    size = write_shards(folder, stored())
+    config = json.loads((like / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(rest_dtype).removeprefix("torch.")
+    quantization = weight_format.config(sorted(ignored))
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_companions(like, folder)
+    return size
+
+
+def read_model(
+    folder: Path, weight_format: WeightFormat, *, linear_modules: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder that ``write_model`` wrote, matrices decoded as the runtime uses them.
+
+    Yields ``(checkpoint name, tensor)``; one module's tensors are in memory at a time.
+    """
+    targets = set(linear_modules)
+    parts: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(read_headers(folder)):
+        parts[_owner(name, targets) or name].append(name)
+    for owner, names in parts.items():
+        tensors = dict(read_tensors(folder, names))
+        if owner not in targets:
+            yield from tensors.items()
+            continue
+        bias = tensors.pop(f"{owner}.bias", None)
+        if bias is not None:
+            yield f"{owner}.bias", bias
+        by_suffix = {name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items()}
+        yield f"{owner}.weight", weight_format.decode(by_suffix)
+
+
+def _encode(module: str, weight: Tensor, weight_format: WeightFormat) -> dict[str, Tensor]:
+    try:
+        return weight_format.encode(weight)
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from error
+
+
+def _owner(name: str, targets: Collection[str]) -> str | None:
+    """The target module that a stored tensor belongs to: ``a.b.weight.absmax`` belongs to ``a.b``."""
+    pieces = name.split(".")
+    for length in range(len(pieces) - 1, 0, -1):
+        module = ".".join(pieces[:length])
+        if module in targets:
+            return module
+    return None

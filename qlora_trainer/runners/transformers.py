@@ -1,0 +1,248 @@
+"""Models as stock transformers loads and runs them: 16 bit, bitsandbytes and compressed-tensors alike.
+
+What comes out is a plain ``nn.Module`` in evaluation mode, guarded against bitsandbytes' repacking. transformers'
+own notices are silenced here; what they would have told of missing or misfit weights is raised instead.
+"""
+
+import io
+import logging
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils import logging as library_logging
+
+from qlora_trainer.errors import BaseModelError
+from qlora_trainer.runtime import bnb
+from qlora_trainer.runtime.device import choose_device
+
+logger = logging.getLogger(__name__)
+
+
+def load(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The model in a folder, in evaluation mode, guarded (``runtime.bnb.guard``), on the device that work is done on.
+
+    Args:
+        folder: Hugging Face layout; a ``quantization_config`` in its config.json is honoured.
+        dtype: of every weight that is not quantized.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        BaseModelError: transformers cannot read the folder, or weights are missing or of another shape.
+    """
+    return _loaded(AutoModelForCausalLM, folder, dtype=dtype, options={"trust_remote_code": trust_remote_code})
+
+
+def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The architecture of a folder's config.json on the meta device: shapes and names, no memory; never quantized.
+
+    Raises:
+        BaseModelError: transformers does not know the architecture, or it needs code that is not trusted.
+    """
+    config = _config(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"), _silenced():
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Shape ``(out_features, in_features)`` of each linear layer but the output head, by its name in the checkpoint.
+
+    Args:
+        model: of ``skeleton``. A loaded model serves where it is not quantized.
+    """
+    head = output_head_name(model)
+    # Subclasses are left out, because transformers' bitsandbytes loader replaces exactly nn.Linear.
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name != head
+    }
+
+
+def output_head_name(model: nn.Module) -> str | None:
+    """Name of the layer that gives the logits, such as ``lm_head``; None where the architecture has none."""
+    door: Any = model
+    head = door.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def from_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype) -> nn.Module:
+    """A dense model in evaluation mode: architecture and settings of a folder, weights as given.
+
+    A ``quantization_config`` of the folder is ignored; tied embeddings are tied. This is the reference that a loaded
+    quantized file is compared with, so the whole model is in memory.
+
+    Args:
+        folder: its config.json is read, its weights are not.
+        weights: every tensor of the model by checkpoint name.
+        dtype: type that they are cast to.
+
+    Raises:
+        BaseModelError: weights are missing or of another shape.
+    """
+    config = _config(folder, trust_remote_code=False)
+    return _loaded(type(skeleton(folder)), None, dtype=dtype, options={"config": config, "state_dict": dict(weights)})
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    pad_id: int,
+) -> list[list[int]]:
+    """Most likely continuations of a batch of prompts, whatever the model's generation_config.json says.
+
+    Args:
+        model: in evaluation mode, with or without adapters.
+        prompts: token ids of each prompt, none empty.
+        max_new_tokens: longest continuation.
+        stop_ids: tokens that end a continuation; without any, all are ``max_new_tokens`` long.
+        pad_id: any valid id; it is never attended to.
+
+    Returns:
+        New ids of each prompt, without the stop token.
+
+    Raises:
+        ValueError: a prompt is empty, or the model is in training mode.
+    """
+    if not prompts:
+        return []
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes what it says; call model.eval() first")
+    token_ids, mask = _left_padded(prompts, pad_id=pad_id, device=next(model.parameters()).device)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=pad_id,
+    )
+    door: Any = model
+    with _plain_generation(model), _silenced():
+        output: Tensor = door.generate(input_ids=token_ids, attention_mask=mask, generation_config=settings)
+    return [_until(row, frozenset(stop_ids)) for row in output[:, token_ids.shape[1] :].tolist()]
+
+
+def _config(folder: Path, *, trust_remote_code: bool) -> Any:
+    try:
+        with _silenced():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{folder}: transformers cannot read config.json: {error}") from error
+    vars(config).pop("quantization_config", None)
+    return config
+
+
+def _loaded(model_class: Any, folder: Path | None, *, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+    where = folder or "the given weights"
+    try:
+        with _silenced():
+            # Shapes that do not fit are let through here so that all of them can be named below.
+            model, found = model_class.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": choose_device()},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+            _unpack(model)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{where}: transformers cannot load this model: {error}") from error
+    problems = [f"  {name}: missing" for name in sorted(found["missing_keys"])]
+    problems += [f"  {name}: {tuple(has)} instead of {tuple(wants)}" for name, has, wants in found["mismatched_keys"]]
+    if problems:
+        raise BaseModelError("\n".join([f"{where}: the weights do not fit config.json", *problems]))
+    if found["unexpected_keys"]:
+        logger.warning("%s: not part of the model, ignored: %s", where, ", ".join(sorted(found["unexpected_keys"])))
+    guarded: nn.Module = bnb.guard(model)
+    # transformers 5.23 leaves what is not quantized in the file's type where the rest is bitsandbytes'.
+    bnb.cast_unquantized(guarded, dtype)
+    return guarded.eval()
+
+
+def _unpack(model: Any) -> None:
+    """Unpacks compressed-tensors weights now, which the library would do at the first forward, drawing bars."""
+    quantizer = vars(model).get("hf_quantizer")
+    if isinstance(quantizer, CompressedTensorsHfQuantizer):
+        quantizer.compressor.decompress_model(model)
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 of shape ``(prompts, longest)``, every prompt at the right edge."""
+    empty = [row for row, prompt in enumerate(prompts) if not prompt]
+    if empty:
+        raise ValueError(f"prompts {empty} of the batch are empty; give each at least one token, such as bos")
+    longest = max(len(prompt) for prompt in prompts)
+    gaps = [longest - len(prompt) for prompt in prompts]
+    token_ids = [[pad_id] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)]
+    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+    return torch.tensor(token_ids, device=device), torch.tensor(mask, device=device)
+
+
+def _until(token_ids: list[int], stop_ids: frozenset[int]) -> list[int]:
+    end = next((place for place, token in enumerate(token_ids) if token in stop_ids), len(token_ids))
+    return token_ids[:end]
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """Takes the model's own generation settings away for a while.
+
+    Generation fills what it was not told from them, so that a repetition penalty of the model's authors would make
+    the search no longer greedy. A model with adapters holds them in more than one module.
+    """
+    holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
+    kept = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, settings in zip(holders, kept, strict=True):
+            holder.generation_config = settings
+
+
+class _WithoutBars(io.TextIOBase):
+    """A text stream that passes everything on but what redraws a line: compressed-tensors' bars have no switch."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.is_drawing = False
+
+    def write(self, text: str) -> int:
+        """Passes text on, unless it goes back to the line's beginning or ends a line that did."""
+        self.is_drawing = text.startswith("\r") or (self.is_drawing and text == "\n")
+        if not self.is_drawing:
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes what was passed on."""
+        self.stream.flush()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keeps progress bars, and what transformers says below errors, off the terminal for a while."""
+    verbosity = library_logging.get_verbosity()
+    had_bars = library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(_WithoutBars(sys.stderr)):
+            yield
+    finally:
+        library_logging.set_verbosity(verbosity)
+        if had_bars:
+            library_logging.enable_progress_bar()

@@ -1,0 +1,83 @@
+"""Where tensors live, how many threads and processes work on them, and where chance comes from."""
+
+import random
+from dataclasses import dataclass
+from typing import Self
+
+import numpy
+import torch
+from torch import Tensor, distributed
+
+
+def choose_device() -> torch.device:
+    """The current CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def set_threads(count: int | None) -> int:
+    """Sets how many threads one tensor operation may use and gives the number in effect.
+
+    Args:
+        count: None keeps torch's own choice, one per physical core unless ``OMP_NUM_THREADS`` says otherwise.
+    """
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's generators, those of every CUDA device included.
+
+    Args:
+        seed: any count; numpy takes only its lower 32 bits.
+    """
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def reset_peak_allocated(device: torch.device) -> None:
+    """Starts a new window for ``peak_allocated_bytes``; on a CPU there is nothing to reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_allocated_bytes(device: torch.device) -> int | None:
+    """Most bytes of CUDA memory that tensors held at once; None on a CPU, where ``memory.PeakMemory`` measures."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def allocated_bytes(device: torch.device) -> int | None:
+    """Bytes of CUDA memory that tensors hold now; None on a CPU, where ``memory.resident_bytes`` measures."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together; one where torch.distributed was not started.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> Self:
+        """The world this process belongs to, as torch.distributed tells it."""
+        if distributed.is_available() and distributed.is_initialized():
+            return cls(rank=distributed.get_rank(), size=distributed.get_world_size())
+        return cls()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files that all share."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Changes ``tensor`` to its sum over all processes and gives it back; one process leaves it as it is."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+        return tensor

@@ -1,0 +1,101 @@
+"""A quantized base -> the same model with LoRA adapters in it, the base frozen.
+
+With peft this module and ``formats.peft_adapter`` share the door: insertion here, files there.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qlora_trainer.errors import RecipeError
+from qlora_trainer.formats.peft_adapter import load_factors, quiet_peft, read
+from qlora_trainer.recipe import Lora
+from qlora_trainer.records import BaseCheckpoint, LinearLayers, QuantizedModel
+from qlora_trainer.runners import transformers as runner
+
+# isort: split
+from peft import LoraConfig, PeftModel, get_peft_model
+
+
+def choose_layers(base: BaseCheckpoint, lora: Lora, *, trust_remote_code: bool = False) -> LinearLayers:
+    """Which linear layers of the base are quantized and which get an adapter.
+
+    Every linear layer but the output head is quantized, as in the paper's experiments; adapters go where the recipe says.
+
+    Raises:
+        RecipeError: a named target module does not occur in the model; lists the names that do.
+    """
+    skeleton = runner.skeleton(base.folder, trust_remote_code=trust_remote_code)
+    linears = runner.linear_modules(skeleton)
+    head = runner.output_head_name(skeleton)
+    if lora.target_modules == "all-linear":
+        adapted = tuple(linears)
+    else:
+        _require_known(lora.target_modules, linears, base.folder)
+        adapted = tuple(name for name in linears if name.rsplit(".", 1)[-1] in lora.target_modules)
+    return LinearLayers(quantized=linears, adapted=adapted, ignored=(head,) if head else ())
+
+
+def adapt(
+    quantized: QuantizedModel,
+    lora: Lora,
+    *,
+    layers: LinearLayers,
+    compute_dtype: str,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> PeftModel:
+    """The quantized base with fresh float32 adapters; nothing but the adapters is trainable.
+
+    Args:
+        quantized: the base on disk.
+        lora: rank, scale and kind of the adapters.
+        layers: where they go.
+        compute_dtype: ``float32`` or ``bfloat16``: type of activations and matrix products.
+        seed: of A's random values, and of dropout: sets torch's generator.
+        trust_remote_code: allow code that comes with the model.
+    """
+    model = runner.load(quantized.folder, dtype=getattr(torch, compute_dtype), trust_remote_code=trust_remote_code)
+    torch.manual_seed(seed)
+    with quiet_peft():
+        adapted: PeftModel = get_peft_model(model, _lora_config(lora, layers))
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    if quantized.initial_factors is not None:
+        load_adapter(adapted, quantized.initial_factors)
+    return adapted.eval()
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Changes the model's adapter to the one in a folder, bit for bit."""
+    factors, _ = read(folder)
+    load_factors(model, factors)
+
+
+def _lora_config(lora: Lora, layers: LinearLayers) -> LoraConfig:
+    """The settings as peft spells them."""
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        target_modules=list(layers.adapted),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _require_known(asked: tuple[str, ...], linears: Mapping[str, object], folder: Path) -> None:
+    known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    problems = []
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            problems.append(f"  lora.target_modules: {folder} has no linear layer {name!r}.{hint}")
+    if problems:
+        raise RecipeError("\n".join([*problems, f"  linear layers of this model: {', '.join(known)}"]))

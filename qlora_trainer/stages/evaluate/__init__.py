@@ -1,0 +1,12 @@
+"""Measures a model on held-out rows: loss, task metrics, nearness to the trained model.
+
+``loss`` scores rows, ``generation`` answers prompts, ``fidelity`` compares distributions, ``whole`` puts
+them into one record.
+"""
+
+from qlora_trainer.stages.evaluate.fidelity import Teacher, fidelity, teach
+from qlora_trainer.stages.evaluate.generation import Decoding
+from qlora_trainer.stages.evaluate.loss import held_out_nats
+from qlora_trainer.stages.evaluate.whole import Subject, TestBench, evaluate, open_model
+
+__all__ = ["Decoding", "Subject", "Teacher", "TestBench", "evaluate", "fidelity", "held_out_nats", "open_model", "teach"]

@@ -1,0 +1,60 @@
+"""Nats of each held-out row, in batches of rows of like length."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qlora_trainer.data.batches import collate, evaluation_batches
+from qlora_trainer.data.encode import EncodedRow
+from qlora_trainer.numerics.loss import nats_by_row
+from qlora_trainer.runners.causal_lm import label_logits
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Loss of each row, in the order of the rows.
+
+    Attributes:
+        nats: summed over a row's label tokens.
+        labels: number of a row's label tokens.
+        seconds: of the forward passes.
+        tokens: of all rows, padding not counted.
+    """
+
+    nats: tuple[float, ...]
+    labels: tuple[int, ...]
+    seconds: float
+    tokens: int
+
+    @property
+    def nats_per_token(self) -> float:
+        """Summed nats over label tokens: each token weighs the same, whatever row it stands in."""
+        return sum(self.nats) / sum(self.labels)
+
+
+@torch.no_grad()
+def row_losses(model: nn.Module, rows: Sequence[EncodedRow], *, batch_size: int, pad_id: int) -> RowLosses:
+    """Scores every row; leaves the model in eval mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    nats = [0.0] * len(rows)
+    began = time.perf_counter()
+    for indexes in evaluation_batches([len(row.token_ids) for row in rows], batch_size):
+        batch = collate(rows, indexes, pad_id)
+        logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
+        for index, value in zip(indexes, nats_by_row(logits, labels).tolist(), strict=True):
+            nats[index] = value
+    return RowLosses(
+        nats=tuple(nats),
+        labels=tuple(row.label_count for row in rows),
+        seconds=time.perf_counter() - began,
+        tokens=sum(len(row.token_ids) for row in rows),
+    )
+
+
+def held_out_nats(model: nn.Module, rows: Sequence[EncodedRow], *, batch_size: int, pad_id: int) -> float:
+    """Nats per label token over all rows; leaves the model in eval mode."""
+    return row_losses(model, rows, batch_size=batch_size, pad_id=pad_id).nats_per_token

@@ -1,0 +1,66 @@
+"""What the report is made of: records that other stages handed on, and what the run knows about itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlora_trainer.numerics.bootstrap import Resampling
+from qlora_trainer.recipe import Expected
+from qlora_trainer.records import Evaluation, ExportedModel, Fidelity, QuantizedModel, TrainedAdapter
+
+BASE, QUANTIZED, TRAINED = "base_16bit", "quantized_base", "adapter_unmerged"
+EXPORT_PREFIX = "export:"
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Everything that was measured, on the same test rows in the same order.
+
+    Attributes:
+        evaluations: one per stage, in the order of the data flow.
+        fidelity: nearness to the trained model, by stage name; holds every export that was evaluated.
+        exports: what was written, whether or not it could be evaluated.
+        trained: the result of training.
+        quantized: the quantized base and what quantization did to each layer.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    fidelity: Mapping[str, Fidelity]
+    exports: tuple[ExportedModel, ...]
+    trained: TrainedAdapter
+    quantized: QuantizedModel
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What was asked for, and where and how long it ran.
+
+    Attributes:
+        recipe_text: the resolved recipe as YAML.
+        expected: what the recipe promised; None where it promised nothing.
+        seconds: of the whole run, over all resumed parts.
+        environment: versions, hardware and command, by name, in the order to show them.
+        warnings: what the reader should know besides the figures, one sentence each.
+    """
+
+    recipe_text: str
+    expected: Expected | None
+    seconds: float
+    environment: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What the pages show and report.json does not hold.
+
+    Attributes:
+        name: name of the run.
+        resampling: how the intervals were drawn.
+        audit: lines of the label-mask audit.
+        example: one training row as ``(text, trained)`` pieces in order.
+    """
+
+    name: str
+    resampling: Resampling
+    audit: tuple[str, ...] = ()
+    example: tuple[tuple[str, bool], ...] = ()

@@ -1,0 +1,96 @@
+"""The report in a few sentences that a reader needs no glossary for."""
+
+from collections.abc import Mapping
+
+from qlora_trainer.records import Choice, ExportFigures, Gap, StageFigures
+from qlora_trainer.stages.report.choice import BAR
+from qlora_trainer.stages.report.inputs import BASE, EXPORT_PREFIX, QUANTIZED, TRAINED
+from qlora_trainer.stages.report.wording import percent, significant
+
+
+def in_words(
+    gap: Gap,
+    *,
+    stages: tuple[StageFigures, ...],
+    exports: tuple[ExportFigures, ...],
+    choice: Choice | None,
+    base_bits: int,
+) -> str:
+    """What storing cost, what training won, what the recommended file keeps, and what must not be used.
+
+    Args:
+        gap: costs and gains in nats per token.
+        stages: every measured stage, for exact match where it was measured.
+        exports: every file, for those that are not verified.
+        choice: the recommended file.
+        base_bits: bits of a weight of the quantized base.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    parts = (
+        f"{_storing(gap, base_bits)}; {_training(gap)}{_keeping(gap, exports, choice=choice)}.",
+        _exact(by_name, choice),
+        _unverified(exports),
+    )
+    return " ".join(part for part in parts if part)
+
+
+def _storing(gap: Gap, bits: int) -> str:
+    low, high = gap.quantization_interval
+    if low <= 0 <= high:
+        return f"Storing the model in {bits} bits cost nothing that these test rows can show"
+    if gap.quantization_nats < 0:
+        gained = significant(-gap.quantization_nats)
+        return f"Storing the model in {bits} bits happened to lower the loss by {gained} nats per token"
+    return f"Storing the model in {bits} bits cost {significant(gap.quantization_nats)} nats per token"
+
+
+def _training(gap: Gap) -> str:
+    low, high = gap.learned_interval
+    if high < 0:
+        return f"training made the model worse on your task, by {significant(-gap.learned_nats)} nats per token"
+    if low <= 0:
+        return "training won nothing that these test rows can show"
+    unit = " nats per token" if gap.quantization_interval[0] <= 0 <= gap.quantization_interval[1] else ""
+    return f"training on your task won {significant(gap.learned_nats, 3)}{unit}"
+
+
+def _keeping(gap: Gap, exports: tuple[ExportFigures, ...], *, choice: Choice | None) -> str:
+    if gap.learned_interval[0] <= 0 or not exports:
+        return ""
+    chosen = next((export for export in exports if choice is not None and export.format == choice.format), None)
+    if chosen is None or chosen.gain_kept is None:
+        return f", but no verified file is sure to keep {percent(BAR, 0)} of that"
+    return f", and {_name(chosen)} keeps {percent(chosen.gain_kept)} of that"
+
+
+def _name(export: ExportFigures) -> str:
+    if export.format == "peft_adapter":
+        return "the adapter beside its quantized base"
+    return f"the {export.bits}-bit file ({export.format})"
+
+
+def _exact(stages: Mapping[str, StageFigures], choice: Choice | None) -> str:
+    """Exact matches before and after training, and of the recommended file."""
+    before = _exact_match(stages, QUANTIZED, BASE)
+    after = _exact_match(stages, TRAINED)
+    if before is None or after is None:
+        return ""
+    text = f"Exactly right answers: {percent(before)} before training, {percent(after)} after"
+    kept = None if choice is None else _exact_match(stages, f"{EXPORT_PREFIX}{choice.format}")
+    return f"{text}." if kept is None else f"{text}, {percent(kept)} from the recommended file."
+
+
+def _exact_match(stages: Mapping[str, StageFigures], *names: str) -> float | None:
+    """The first of the named stages that has the metric."""
+    found = (stages[name].metrics.get("exact_match") for name in names if name in stages)
+    return next((value for value in found if value is not None), None)
+
+
+def _unverified(exports: tuple[ExportFigures, ...]) -> str:
+    names = [export.format for export in exports if not export.verified]
+    if not names:
+        return ""
+    return (
+        f"Do not use {' and '.join(names)}: loaded again by its runtime, "
+        "what was written did not prove equal to what was meant to be written."
+    )

@@ -1,0 +1,63 @@
+"""What a checkpoint must remember beside weights and optimizer, and what is read off it on the way."""
+
+from dataclasses import asdict, dataclass, field, fields
+
+CurvePoint = tuple[int, float | None, float | None]
+
+
+@dataclass
+class Progress:
+    """Counters of a run, carried through every interruption.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens processed, padding not counted.
+        label_tokens: tokens that the loss was taken on.
+        seconds: spent in steps, over all parts of the run.
+        curve: ``(step, training nats per token or None, validation nats per token or None)``.
+        resumed_at: steps from which the run went on.
+        recipe_key: fingerprint of what shapes the training; a checkpoint of another is refused.
+        window_nats: summed loss since the last log record.
+        window_labels: label tokens since the last log record.
+        window_seconds: seconds since the last log record.
+    """
+
+    recipe_key: str
+    step: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    seconds: float = 0.0
+    curve: list[CurvePoint] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+    window_nats: float = 0.0
+    window_labels: int = 0
+    window_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values; ``from_json`` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, object]) -> "Progress":
+        """Counters as they were saved; lists of JSON become the tuples they were."""
+        names = {each.name for each in fields(cls)}
+        known = {name: value for name, value in values.items() if name in names}
+        progress = cls(**known)  # type: ignore[arg-type]  # a checkpoint's checksum vouches for the types
+        progress.curve = [(point[0], point[1], point[2]) for point in progress.curve]
+        return progress
+
+    def add(self, *, nats: float, tokens: int, label_tokens: int, seconds: float) -> None:
+        """Counts one step; changes every counter but the curve."""
+        self.step += 1
+        self.tokens += tokens
+        self.label_tokens += label_tokens
+        self.seconds += seconds
+        self.window_nats += nats
+        self.window_labels += label_tokens
+        self.window_seconds += seconds
+
+    def close_window(self) -> tuple[float, float]:
+        """Nats per label token and label tokens per second since the last call; empties the window."""
+        figures = self.window_nats / self.window_labels, self.window_labels / self.window_seconds
+        self.window_nats, self.window_labels, self.window_seconds = 0.0, 0, 0.0
+        return figures

@@ -1,0 +1,85 @@
+"""One optimizer step over an accumulated batch, the loss weighted by label tokens.
+
+The mean is taken once, over all label tokens of the step: every split of the same rows into
+micro-batches (and processes) gives the same gradient up to rounding. Averaging micro-batch means, as
+trainers did for years, weights a token by how short its neighbours are.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.data.batches import Batch
+from qlora_trainer.errors import TrainingError
+from qlora_trainer.numerics.loss import IGNORE_INDEX, summed_nats
+from qlora_trainer.runners.causal_lm import label_logits
+from qlora_trainer.runtime.device import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step saw.
+
+    Attributes:
+        nats: summed loss over its label tokens, float32 scalar on the model's device.
+        label_tokens: tokens that the loss was taken on.
+        gradient_norm: before clipping.
+    """
+
+    nats: Tensor
+    label_tokens: int
+    gradient_norm: float
+
+
+def optimizer_step(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_gradient_norm: float,
+    world: World,
+    name_rows: Callable[[Sequence[int]], str],
+) -> StepResult:
+    """Accumulates gradients over ``batches``, clips them and steps; changes model and optimizer.
+
+    Raises:
+        TrainingError: loss or gradients are not finite; nothing was stepped. Names the rows.
+    """
+    device = next(model.parameters()).device
+    label_tokens = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+    share = 1 / world.sum_(torch.tensor(float(label_tokens), device=device))
+    losses = []
+    for batch in batches:
+        logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
+        nats = summed_nats(logits, labels)
+        (nats * share).backward()
+        losses.append(nats.detach())
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad = world.sum_(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
+    # The one wait for the device in a step: a norm that is not finite also tells of a loss that is not, and
+    # must be known before the optimizer's state is spoilt.
+    if not torch.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise TrainingError(_not_finite(batches, losses, norm, name_rows))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        nats=torch.stack(losses).sum(),
+        label_tokens=label_tokens,
+        gradient_norm=float(norm),
+    )
+
+
+def _not_finite(
+    batches: Sequence[Batch], losses: Sequence[Tensor], norm: Tensor, name_rows: Callable[[Sequence[int]], str]
+) -> str:
+    bad = [batch for batch, nats in zip(batches, losses, strict=True) if not torch.isfinite(nats)]
+    if bad:
+        rows = [index for batch in bad for index in batch.row_indexes]
+        return f"the loss is not a finite number; micro-batch of training {name_rows(rows)}"
+    rows = [index for batch in batches for index in batch.row_indexes]
+    return f"the gradient norm is {float(norm)} although the loss is finite; training {name_rows(rows)}"

@@ -1,0 +1,47 @@
+"""Fixtures that every test may ask for."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import tiny_llama
+
+# Before any import of huggingface_hub, which reads it once: a test that reaches for the network fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """More threads than cores make small tensors many times slower, and tests run side by side."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama in bfloat16, hidden size 64, own output head. Not to be changed."""
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def wide_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with hidden size 128, so that groups of 128 fit. Not to be changed."""
+    return tiny_llama(tmp_path_factory.mktemp("wide_llama"), hidden_size=128)
+
+
+@pytest.fixture(scope="session")
+def tied_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with hidden size 64, tied embeddings and biases in attention. Not to be changed."""
+    return tiny_llama(tmp_path_factory.mktemp("tied_llama"), is_tied=True, has_biases=True)
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """The folder of real models and data beside the repository; a test that needs it skips where it is not."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip(f"needs the models and data of {folder}, which is not there")
+    return folder

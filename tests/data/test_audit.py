@@ -1,0 +1,105 @@
+import pytest
+
+from qlora_trainer.data.audit import MaskAudit, audit_masks, audit_notes, require_sound
+from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
+from qlora_trainer.data.tokenizer import TextTokenizer
+from qlora_trainer.errors import DataError
+from tests.models import BOS_ID, EOS_ID, tiny_tokenizer
+
+
+def row(prompt: list[int], completion: list[int], *, prompt_ids: list[int] | None = None) -> EncodedRow:
+    labels = (*[IGNORE_INDEX] * len(prompt), *completion)
+    return EncodedRow((*prompt, *completion), labels, tuple(prompt if prompt_ids is None else prompt_ids), "", "")
+
+
+def audited(rows: list[EncodedRow], fitted: list[EncodedRow | None] | None = None) -> MaskAudit:
+    return audit_masks(rows, rows if fitted is None else fitted, bos_id=BOS_ID, stop_ids=(EOS_ID,))
+
+
+GOOD = row([BOS_ID, 10, 11], [12, EOS_ID])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return TextTokenizer.load(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_sound_rows_have_nothing_to_note(tokenizer: TextTokenizer) -> None:
+    audit = audited([GOOD, GOOD])
+    assert audit == MaskAudit(
+        rows=2,
+        encoded=2,
+        dropped_overlong=0,
+        truncated=0,
+        rows_without_labels=0,
+        tokens=10,
+        label_tokens=4,
+        longest_row=5,
+        double_bos=0,
+        prompt_differs=0,
+        stop_token_id=EOS_ID,
+        stop_token_trained_share=1.0,
+    )
+    assert audit.label_share == 0.4
+    assert audit_notes(audit) == []
+    require_sound(audit, tokenizer, window=8)
+
+
+def test_everything_that_the_reader_should_know_is_counted() -> None:
+    long, cut, empty = row([BOS_ID, *range(10, 30)], [5, EOS_ID]), row([BOS_ID, 29], [5, EOS_ID]), row([BOS_ID, 10], [])
+    doubled, unstopped = row([BOS_ID, BOS_ID, 10], [12, EOS_ID]), row([BOS_ID, 10], [12, 13])
+    different = row([BOS_ID, 10], [12, EOS_ID], prompt_ids=[BOS_ID, 10, 11])
+    audit = audited(
+        [long, long, empty, doubled, unstopped, different], [None, cut, empty, doubled, unstopped, different]
+    )
+    assert audit == MaskAudit(
+        rows=6,
+        encoded=4,
+        dropped_overlong=1,
+        truncated=1,
+        rows_without_labels=1,
+        tokens=4 + 5 + 4 + 4,
+        label_tokens=8,
+        longest_row=5,
+        double_bos=1,
+        prompt_differs=1,
+        stop_token_id=EOS_ID,
+        stop_token_trained_share=0.75,
+    )
+    assert [note.split(" ", 1)[0] for note in audit_notes(audit)] == ["1"] * 6
+    assert audit_notes(audit)[0] == "1 of 6 rows dropped: longer than data.window"
+    assert audit_notes(audit)[-1] == "1 of 4 rows do not train a stop token at their end"
+
+
+def test_a_label_on_the_first_token_is_not_counted() -> None:
+    alone = EncodedRow((EOS_ID,), (EOS_ID,), (), "", "")
+    assert audited([GOOD, alone]).rows_without_labels == 1
+
+
+def test_no_row_left_is_refused_with_every_reason(tokenizer: TextTokenizer) -> None:
+    unlabelled = row([BOS_ID, 10], [])
+    audit = audited([GOOD, GOOD, unlabelled], [None, None, unlabelled])
+    with pytest.raises(DataError) as caught:
+        require_sound(audit, tokenizer, window=4)
+    text = str(caught.value)
+    assert "2 of 3 rows are longer than data.window, 4 tokens" in text
+    assert "1 of 3 rows have no trainable token. Put {% generation %} and {% endgeneration %} around" in text
+    assert audit.label_share == 0.0
+
+
+def test_a_stop_token_that_no_row_trains_is_refused(tokenizer: TextTokenizer) -> None:
+    other = tokenizer.token_id("<|user|>")
+    assert other is not None
+    audit = audited([row([BOS_ID, 10], [12, other]), row([BOS_ID, 10], [13, other])])
+    with pytest.raises(DataError, match=rf"stops at \({EOS_ID} '</s>'\).* mostly {other} '<\|user\|>'"):
+        require_sound(audit, tokenizer, window=8)
+
+
+def test_one_row_that_stops_is_no_error_but_a_note(tokenizer: TextTokenizer) -> None:
+    audit = audited([GOOD, row([BOS_ID, 10], [12, 13])])
+    require_sound(audit, tokenizer, window=8)
+    assert audit_notes(audit) == ["1 of 2 rows do not train a stop token at their end"]
+
+
+def test_the_constants_of_these_tests_are_ids_of_the_tokenizer(tokenizer: TextTokenizer) -> None:
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (BOS_ID, (EOS_ID,))

@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer.data.examples import Example, conversation_examples, prompt_completion_examples
+from qlora_trainer.data.sources import Row, SourceFile
+from qlora_trainer.errors import DataError
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello."}
+
+
+def file_of(*columns: dict[str, object]) -> SourceFile:
+    return SourceFile(Path("a.jsonl"), tuple(Row(line, row) for line, row in enumerate(columns, start=1)), 0)
+
+
+def pairs(*columns: dict[str, object], group_column: str | None = None) -> list[Example]:
+    return prompt_completion_examples(
+        file_of(*columns), prompt_column="prompt", completion_column="completion", group_column=group_column
+    )
+
+
+def conversations(*columns: object) -> list[Example]:
+    file = file_of(*({"messages": column} for column in columns))
+    return conversation_examples(file, messages_column="messages", group_column=None)
+
+
+def test_a_prompt_and_a_completion_are_a_conversation_of_two() -> None:
+    example = pairs({"prompt": "Hi", "completion": "Hello.", "other": 1})[0]
+    assert example.messages == (USER, ANSWER)
+    assert (example.prompt, example.completion, example.place, example.group) == ("Hi", "Hello.", "a.jsonl:1", None)
+
+
+def test_a_conversation_keeps_its_messages_and_their_other_keys() -> None:
+    named = {**USER, "name": "Anna"}
+    example = conversations([ANSWER, named, ANSWER])[0]
+    assert example.messages == (ANSWER, named, ANSWER)
+    assert (example.prompt, example.completion) == ("Hi", "Hello.")
+
+
+def test_a_conversation_of_one_answer_has_an_empty_prompt() -> None:
+    assert conversations([ANSWER])[0].prompt == ""
+
+
+def test_equal_values_of_the_group_column_are_equal_groups_and_a_number_is_no_text() -> None:
+    keys: list[str | int] = ["a", "a", 1, "1"]
+    columns: list[dict[str, object]] = [{"prompt": "Hi", "completion": "", "key": key} for key in keys]
+    rows = pairs(*columns, group_column="key")
+    assert rows[0].group == rows[1].group
+    assert len({row.group for row in rows}) == 3
+
+
+def test_equal_conversations_have_equal_content_whatever_their_place() -> None:
+    first, second, third = pairs(
+        {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}, {"prompt": "ab", "completion": ""}
+    )
+    assert first.content == second.content != third.content
+
+
+def test_all_rows_with_missing_or_wrong_columns_are_told() -> None:
+    with pytest.raises(DataError) as caught:
+        pairs(
+            {"prompt": "a", "completion": "b"},
+            {"prompt": 5, "completion": "b"},
+            {"prompt": "a"},
+            {"prompt": None, "completion": ["b"]},
+        )
+    assert str(caught.value).splitlines() == [
+        "a.jsonl: 4 problems",
+        "  line 2: 'prompt' is a number, needs a text",
+        "  line 3: 'completion' is missing",
+        "  line 4: 'prompt' is null, needs a text",
+        "  line 4: 'completion' is a list, needs a text",
+    ]
+
+
+def test_a_column_that_no_row_has_is_told_once_with_the_nearest_name() -> None:
+    with pytest.raises(DataError) as caught:
+        prompt_completion_examples(
+            file_of({"mr": "a", "reference": "b"}, {"mr": "a"}),
+            prompt_column="mr",
+            completion_column="ref",
+            group_column="id",
+        )
+    text = str(caught.value)
+    assert "2 problems" in text
+    assert "no row has a column 'ref'; the columns are mr, reference. Did you mean 'reference'?" in text
+    assert "no row has a column 'id'" in text
+
+
+def test_half_a_character_is_told() -> None:
+    with pytest.raises(DataError, match=r"line 1: 'prompt' holds \\ud83d, one half of a character"):
+        pairs({"prompt": "a\ud83d", "completion": "b"})
+
+
+def test_a_group_must_be_a_plain_value() -> None:
+    with pytest.raises(DataError, match="'key' is a list, needs a text or a number to split by"):
+        pairs({"prompt": "a", "completion": "b", "key": []}, group_column="key")
+
+
+@pytest.mark.parametrize(
+    ("column", "problem"),
+    [
+        ("Hi", "is a text, needs a list of {role, content}"),
+        ([], "is an empty list, needs a list of {role, content}"),
+        (["Hi"], "message 1 is a text, needs an object with role and content"),
+        ([USER, {"role": "assistant"}], "message 2: 'content' is missing"),
+        ([{"role": 1, "content": "Hi"}], "message 1: 'role' is a number, needs a text"),
+        ([{**ANSWER, "content": None}], "message 1: 'content' is null, needs a text"),
+        ([ANSWER, USER], "ends with role 'user'; the last message must be the assistant's answer"),
+    ],
+)
+def test_a_malformed_conversation_is_told(column: object, problem: str) -> None:
+    with pytest.raises(DataError) as caught:
+        conversations([USER, ANSWER], column)
+    assert str(caught.value).splitlines()[1] == f"  line 2: 'messages' {problem}"

@@ -1,0 +1,61 @@
+from dataclasses import replace
+
+from qlora_trainer.records import ExportFigures, RunReport
+from qlora_trainer.stages.report.choice import choose, is_quantized
+
+
+def by_format(report: RunReport, *names: str) -> tuple[ExportFigures, ...]:
+    return tuple(export for export in report.exports if export.format in names)
+
+
+def test_the_smallest_quantized_file_above_the_bar_is_chosen(report: RunReport) -> None:
+    # The W4A16 file of group 128 is smaller, and keeps 97.4 % only.
+    choice = choose(report.exports)
+    assert choice is not None
+    assert choice.format == "bitsandbytes_nf4"
+    assert choice.why.endswith("it keeps 98.9 % (98.9 to 99.0 %) in 6.13 MiB.")
+
+
+def test_an_interval_that_reaches_below_the_bar_does_not_qualify(report: RunReport) -> None:
+    nf4, int8 = by_format(report, "bitsandbytes_nf4", "bitsandbytes_int8")
+    choice = choose((replace(nf4, interval=(0.9799, 0.999)), int8))
+    assert choice is not None
+    assert choice.format == "bitsandbytes_int8"
+
+
+def test_a_file_that_is_not_verified_is_never_chosen(report: RunReport) -> None:
+    assert choose(tuple(replace(export, verified=False) for export in report.exports)) is None
+
+
+def test_the_adapter_is_chosen_only_where_no_quantized_file_qualifies(report: RunReport) -> None:
+    choice = choose(by_format(report, "peft_adapter", "compressed_tensors_w4a16_g128"))
+    assert choice is not None
+    assert choice.format == "peft_adapter"
+    assert "the best, compressed_tensors_w4a16_g128, keeps 97.4 % (97.3 to 97.4 %)" in choice.why
+
+
+def test_the_adapter_alone_is_chosen_and_says_why(report: RunReport) -> None:
+    choice = choose(by_format(report, "peft_adapter"))
+    assert choice is not None
+    assert choice.why.startswith("No verified quantized file was written")
+
+
+def test_no_file_above_the_bar_means_no_choice(report: RunReport) -> None:
+    assert choose(by_format(report, "compressed_tensors_w4a16_g128")) is None
+
+
+def test_no_exports_means_no_choice() -> None:
+    assert choose(()) is None
+
+
+def test_without_a_gain_the_quantized_file_nearest_to_the_trained_model_is_chosen(report: RunReport) -> None:
+    without = tuple(replace(export, gain_kept=None, interval=None, why_null="no gain") for export in report.exports)
+    choice = choose(without)
+    assert choice is not None
+    assert choice.format == "compressed_tensors_w8a16"
+    assert "KL 0.00031 nats" in choice.why
+
+
+def test_an_adapter_in_few_bits_is_still_no_quantized_model(report: RunReport) -> None:
+    (adapter,) = by_format(report, "peft_adapter")
+    assert not is_quantized(replace(adapter, bits=4))

@@ -1,0 +1,32 @@
+import ast
+import shlex
+from dataclasses import replace
+
+from qlora_trainer.records import RunReport
+from qlora_trainer.stages.report.loading import snippets
+
+
+def test_every_python_snippet_is_valid_whatever_the_folder_is_called(report: RunReport) -> None:
+    for export in report.exports:
+        odd = replace(export, path='runs/a "b" $(c)/\\d')
+        python, *shell = snippets(odd, quantized_base="runs/e 'f'")
+        assert odd.path in [node.value for node in ast.walk(ast.parse(python.text)) if isinstance(node, ast.Constant)]
+        for command in shell:
+            assert shlex.split(command.text) == ["vllm", "serve", odd.path]
+
+
+def test_the_adapter_is_loaded_onto_its_quantized_base(report: RunReport) -> None:
+    adapter = next(export for export in report.exports if export.format == "peft_adapter")
+    (snippet,) = snippets(adapter, quantized_base="runs/base")
+    assert snippet.title == "PEFT"
+    assert 'base = "runs/base"' in snippet.text
+
+
+def test_vllm_is_named_only_for_formats_that_it_documents(report: RunReport) -> None:
+    served = {export.format for export in report.exports if len(snippets(export, quantized_base="base")) == 2}
+    assert served == {
+        "bitsandbytes_nf4",
+        "compressed_tensors_w4a16_g32",
+        "compressed_tensors_w4a16_g128",
+        "compressed_tensors_w8a16",
+    }

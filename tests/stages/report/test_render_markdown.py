@@ -1,0 +1,66 @@
+import re
+
+import pytest
+
+from qlora_trainer.records import RunReport
+from qlora_trainer.stages.report import Measurements, Notes
+from qlora_trainer.stages.report.page import Page, lay_out
+from qlora_trainer.stages.report.render_markdown import escape, fenced, render_markdown
+
+
+@pytest.fixture(scope="module")
+def page(report: RunReport, measurements: Measurements, notes: Notes) -> Page:
+    return lay_out(report, measurements=measurements, notes=notes)
+
+
+def test_the_sentence_and_every_section_are_there(page: Page) -> None:
+    text = render_markdown(page)
+    assert text.startswith("# quickstart: complete\n\nStoring the model in 4 bits cost 0.046 nats per token;")
+    sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert sections == [
+        "Loss at every stage",
+        "Promised and measured",
+        "Exports",
+        "Training",
+        "Data",
+        "Quantized base",
+        "Sample outputs",
+        "What the figures mean",
+        "Environment",
+        "Resolved recipe",
+    ]
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_heading(page: Page) -> None:
+    for block in render_markdown(page).split("\n\n"):
+        lines = block.splitlines()
+        if lines[0].startswith("| "):
+            assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(re.findall(r"\|", lines[0]))}
+
+
+def test_figures_stand_flush_right_and_words_flush_left(page: Page) -> None:
+    rules = [line for line in render_markdown(page).splitlines() if line.startswith("| ---")]
+    assert rules[0].startswith("| --- | ---: | ---: |")
+    assert rules[0].endswith("| --- |")
+
+
+def test_markup_in_a_sample_stays_text(page: Page) -> None:
+    text = render_markdown(page)
+    assert "<script" not in text
+    assert r"&lt;script&gt;alert('run')&lt;/script&gt; \| \`rm\` \*\*all\*\*" in text
+
+
+def test_lines_of_a_text_stay_within_their_cell() -> None:
+    assert escape("one\ntwo | three") == r"one ⏎ two \| three"
+
+
+def test_an_underscore_is_escaped_only_where_it_could_be_markup() -> None:
+    assert escape("base_16bit _so_") == r"base_16bit \_so\_"
+
+
+def test_a_fence_is_longer_than_any_in_the_text() -> None:
+    assert fenced("a\n````\nb") == "`````text\na\n````\nb\n`````"
+
+
+def test_trained_tokens_of_the_example_are_told_apart(page: Page) -> None:
+    assert '<|assistant|>\n⟦{"intent": "alarm", "time": "07:00", "day": "tomorrow"}<|end|>⟧' in render_markdown(page)

@@ -1,0 +1,92 @@
+from dataclasses import replace
+
+from qlora_trainer.records import RunReport
+from qlora_trainer.stages.report import Measurements
+from qlora_trainer.stages.report.tables import (
+    Cell,
+    Table,
+    expected_table,
+    exports_table,
+    gap_table,
+    layers_table,
+    samples_table,
+)
+
+
+def column(table: Table, title: str) -> list[Cell]:
+    index = [heading.title for heading in table.columns].index(title)
+    return [row[index] for row in table.rows]
+
+
+def test_every_row_of_every_table_has_a_cell_for_each_heading(report: RunReport, measurements: Measurements) -> None:
+    tables = (
+        gap_table(report),
+        exports_table(report),
+        expected_table(report.expected),
+        layers_table(measurements.quantized.layers),
+        samples_table(measurements.evaluations),
+    )
+    for table in tables:
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_the_gap_table_shows_each_loss_with_its_interval(report: RunReport) -> None:
+    cells = column(gap_table(report), "Loss, nats per token")
+    assert cells[0].text == "3.1020"
+    assert cells[0].note == f"{report.stages[0].interval[0]:.4f} to {report.stages[0].interval[1]:.4f}"
+
+
+def test_the_gap_table_marks_only_files_as_verified(report: RunReport) -> None:
+    first, *rest = report.exports
+    failed = replace(report, exports=(replace(first, verified=False), *rest))
+    marks = [cell.text for cell in column(gap_table(failed), "Verified")]
+    assert marks == ["—"] * 4 + ["✗ not verified"] + ["✓ verified"] * 5
+
+
+def test_a_metric_that_a_stage_lacks_is_a_dash(report: RunReport) -> None:
+    first, *rest = report.stages
+    cells = column(gap_table(replace(report, stages=(replace(first, metrics={}), *rest))), "Exact match")
+    assert cells[0] == Cell("—")
+    assert cells[2] == Cell("81.2 %", "77.2 to 85.2")
+
+
+def test_generation_speed_is_shown_where_something_was_generated(report: RunReport) -> None:
+    first, *rest = report.stages
+    silent = replace(first, generated_tokens_per_second=None)
+    cells = column(gap_table(replace(report, stages=(silent, *rest))), "Tokens/s")
+    assert [cells[0].note, cells[1].note] == ["", "148 generated"]
+
+
+def test_the_recommended_file_is_marked_in_the_table_of_exports(report: RunReport) -> None:
+    marked = [cell.text for cell in column(exports_table(report), "Format") if cell.note == "recommended"]
+    assert marked == ["bitsandbytes_nf4"]
+
+
+def test_layers_stand_from_the_most_distorted_on(measurements: Measurements) -> None:
+    layers = measurements.quantized.layers
+    lossless = replace(layers[0], name="zero", sqnr_db=float("inf"))
+    figures = [cell.text for cell in column(layers_table((lossless, *layers[:2])), "SQNR, dB")]
+    assert figures == ["20.61", "20.61", "nothing lost"]
+    names = [cell.text for cell in column(layers_table(layers), "Layer")]
+    assert names[0] == "model.layers.5.mlp.down_proj"
+    assert len(names) == 5
+
+
+def test_outputs_equal_to_the_reference_are_marked_and_others_are_shown(measurements: Measurements) -> None:
+    table = samples_table(measurements.evaluations)
+    assert column(table, "adapter_unmerged") == [Cell("✓ equal", tone="good")] * 3
+    assert column(table, "export:bitsandbytes_nf4")[1].text == '{"intent": "transfer", "amount": 40, "to": "Ana"}'
+
+
+def test_space_around_an_output_does_not_make_it_wrong_and_an_empty_one_is_visible(measurements: Measurements) -> None:
+    stage = measurements.evaluations[2]
+    first, second, third = stage.samples
+    samples = (replace(first, output=f" {first.reference}\n"), replace(second, output=""), third)
+    cells = column(samples_table((replace(stage, samples=samples),)), "adapter_unmerged")
+    assert [cell.text for cell in cells] == ["✓ equal", "(empty)", "✓ equal"]
+
+
+def test_a_run_that_generated_nothing_has_no_samples(measurements: Measurements) -> None:
+    silent = tuple(replace(evaluation, samples=()) for evaluation in measurements.evaluations)
+    assert samples_table(silent).rows == ()
