@@ -1,0 +1,1 @@
+"""Arithmetic over tensors: torch and nothing else; each function names its paper."""

@@ -28,6 +28,9 @@ Its heap cannot return a free block below a used one. Resident peaks of a 135M-p
 1.9 times the step's own memory above what was live, by batch, type and checkpointing (glibc 2.36). On a CUDA
 device torch's caching allocator keeps far less."""
 
+KEPT_BY_ALLOCATOR = "freed, kept by the allocator"
+"""Name of the item that ``CPU_ALLOCATOR_SHARE`` gives."""
+
 EXPORT_BITS: Mapping[str, float] = {
     "merged_16bit": 16.0,
     "bitsandbytes_nf4": 4 + 8 / BLOCK_SIZE + 32 / (BLOCK_SIZE * OUTER_BLOCK_SIZE),
@@ -118,7 +121,7 @@ def training_memory(shape: ModelShape, load: TrainingLoad) -> Footprint:
             "adapters (float32)": 4 * sum(sizes),
             "optimizer state": optimizer_state_bytes(sizes, has_8bit_state=load.has_8bit_optimizer),
             **of_a_step,
-            "freed, kept by the allocator": int(kept_share * sum(of_a_step.values())),
+            KEPT_BY_ALLOCATOR: int(kept_share * sum(of_a_step.values())),
         }
     )
 

@@ -273,7 +273,6 @@ class Journey:
             wandb_mode=settings.wandb,
             project=settings.project,
             tags=settings.tags,
-            name=self.recipe.run.name,
             config=self.recipe.model_dump(mode="json"),
         )
 

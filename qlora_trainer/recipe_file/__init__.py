@@ -5,7 +5,7 @@ top, ``problems`` words what is wrong, ``fields`` describes what can be written.
 setting does.
 """
 
-from qlora_trainer.recipe_file.fields import SectionText, describe
+from qlora_trainer.recipe_file.fields import ABSENT, FieldText, SectionText, describe
 from qlora_trainer.recipe_file.loading import dump, load
 
-__all__ = ["SectionText", "describe", "dump", "load"]
+__all__ = ["ABSENT", "FieldText", "SectionText", "describe", "dump", "load"]

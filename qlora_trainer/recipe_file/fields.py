@@ -10,6 +10,9 @@ from pydantic.fields import FieldInfo
 from qlora_trainer.recipe import Recipe, Section
 from qlora_trainer.recipe_file.document import Path
 
+ABSENT = "absent"
+"""Default of a setting that need not be there and has no value then."""
+
 
 @dataclass(frozen=True)
 class FieldText:
@@ -102,7 +105,7 @@ def _field_texts(section: type[Section]) -> tuple[FieldText, ...]:
 
 def _default(value: object) -> str:
     if value is None:
-        return "absent"
+        return ABSENT
     return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 

@@ -54,10 +54,14 @@ def _in_brackets(dumper: yaml.representer.BaseRepresenter, items: Sequence[objec
     return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Sections as blocks, lists in brackets on one line."""
+def _on_one_line(dumper: yaml.representer.BaseRepresenter, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
 
-    yaml_representers: ClassVar = {**yaml.SafeDumper.yaml_representers, list: _in_brackets}
+
+class _Dumper(yaml.SafeDumper):
+    """Sections as blocks; lists in brackets and texts each on one line."""
+
+    yaml_representers: ClassVar = {**yaml.SafeDumper.yaml_representers, list: _in_brackets, str: _on_one_line}
 
 
 def _error(source: str, problems: Sequence[Problem]) -> RecipeError:

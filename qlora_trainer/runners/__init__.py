@@ -1,0 +1,1 @@
+"""Runtimes that load an exported file, and forward passes through what they loaded."""

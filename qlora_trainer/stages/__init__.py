@@ -1,0 +1,1 @@
+"""One module or folder per step of a run; none imports another."""

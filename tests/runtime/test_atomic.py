@@ -43,6 +43,14 @@ def test_the_old_file_stays_until_the_block_ends(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with path.open() as reader:
+        atomic.write_text(path, "new")
+        assert reader.read() == "old"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "file.txt"

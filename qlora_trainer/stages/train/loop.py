@@ -117,6 +117,7 @@ class _Loop:
         """Goes back to the newest whole checkpoint; changes model, optimizer, counters and random states."""
         found = checkpoint.latest(self.inputs.checkpoints)
         if found is None:
+            self.inputs.tracker.resume_from(0)
             return
         step, state = found
         progress = Progress.from_json(state.progress)

@@ -1,0 +1,170 @@
+"""Everything that can be known of a run beforehand, problems included, in one record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from qlora_trainer.data.scoring import require_packages
+from qlora_trainer.data.sources import read_rows
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.numerics.model_shape import ModelShape
+from qlora_trainer.preflight.plan import PlannedStage, plan
+from qlora_trainer.preflight.prediction import (
+    disk_prediction,
+    memory_predictions,
+    model_shape,
+    training_load,
+)
+from qlora_trainer.preflight.room import Budget, free_memory
+from qlora_trainer.preflight.run_folder import require_own_folder
+from qlora_trainer.recipe import Data, Recipe
+from qlora_trainer.records import BaseCheckpoint
+from qlora_trainer.runtime.memory import free_disk_bytes
+from qlora_trainer.stages import base_model, dataset
+from qlora_trainer.stages.dataset import TaskRows
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What ``check`` found.
+
+    Attributes:
+        memory: predicted need of each stage that needs much, beside what is free.
+        disk: predicted size of everything that the run writes, beside what is free; None where it is not known.
+        plan: the stages in order; empty where base or rows cannot be used.
+        audit: what the label masks train, in a few lines.
+        example: the first training row in pieces, each with whether it is trained.
+        notes: what the reader should know and need not mend.
+        problems: what must be mended before a run; each says what is wrong, where, and the mend.
+    """
+
+    memory: tuple[Budget, ...]
+    disk: Budget | None
+    plan: tuple[PlannedStage, ...]
+    audit: tuple[str, ...]
+    example: tuple[tuple[str, bool], ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
+    """Looks at everything that a run of the recipe would read and write; writes and downloads nothing."""
+    found = _Findings()
+    base = rows = None
+    if recipe.base_model.name is not None:
+        found.notes.append(
+            f"{recipe.base_model.name} is on the hub and `check` downloads nothing. Once it is on this machine, give "
+            "its folder as base_model.path to see memory, plan and an example"
+        )
+    else:
+        base = found.attempt(lambda: base_model.resolve(recipe.base_model, trust_remote_code=trust_remote_code))
+    if base is not None:
+        folder = base.folder
+        rows = found.attempt(lambda: dataset.load_rows(recipe, folder))
+    else:
+        _try_data_files(recipe.data, found)
+    found.attempt(lambda: require_packages(recipe.evaluation.metrics))
+    found.attempt(lambda: require_own_folder(recipe))
+    if base is None or rows is None:
+        return Preflight((), None, (), (), (), tuple(found.notes), tuple(found.problems))
+    return _whole(recipe, base, rows, found)
+
+
+class _Findings:
+    """Problems and notes, gathered from attempts that may fail."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def attempt(self, make: Callable[[], Made]) -> Made | None:
+        """What ``make`` gives; None, and a problem more, where the reader has to mend something."""
+        try:
+            return make()
+        except TrainerError as error:
+            self.problems.append(str(error))
+            return None
+
+
+def _try_data_files(data: Data, found: _Findings) -> None:
+    """Without a tokenizer rows cannot be encoded, but their files can be looked at."""
+    for path in (data.train, data.validation, data.test):
+        if path is not None:
+            found.attempt(partial(read_rows, Path(path)))
+
+
+def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, found: _Findings) -> Preflight:
+    """The record of a run whose base and rows can be read."""
+    shape = model_shape(base)
+    memory: tuple[Budget, ...] = ()
+    disk = None
+    if shape is None:
+        found.notes.append(
+            "the base model's config.json does not name its sizes as Llama's does: no prediction of memory"
+        )
+    else:
+        room = free_memory()
+        memory = tuple(
+            Budget(purpose, needed, room.free_bytes, room.place)
+            for purpose, needed in memory_predictions(recipe, shape, rows, room.device).items()
+        )
+        root = Path(recipe.run.folder) / recipe.run.name
+        needed = disk_prediction(recipe, shape, training_load(recipe, rows, room.device))
+        # What an earlier part of the run has written makes room for its successor.
+        free = free_disk_bytes(root) + _written_bytes(root)
+        disk = Budget("the run", needed, free, f"disk of {recipe.run.folder}")
+        found.problems += _export_problems(recipe, shape)
+    _judge(memory, disk, found)
+    return Preflight(
+        memory=memory,
+        disk=disk,
+        plan=plan(recipe, base, rows, shape),
+        audit=dataset.audit_lines(rows.audit),
+        example=tuple(dataset.render_example(rows.tokenizer, rows.train[0])),
+        notes=(*rows.notes, *found.notes),
+        problems=tuple(found.problems),
+    )
+
+
+def _judge(memory: tuple[Budget, ...], disk: Budget | None, found: _Findings) -> None:
+    """Too little room is a problem; memory that is only just enough is a note."""
+    for budget in memory:
+        mend = _MENDS[budget.purpose]
+        if budget.is_short:
+            found.problems.append(f"{budget}. {mend}")
+        elif budget.is_tight:
+            found.notes.append(f"{budget}; it may fit if the C library returns freed memory. {mend}")
+    if disk is not None and disk.is_short:
+        found.problems.append(f"{disk}. Make room, choose a run.folder on another disk, or remove export.formats")
+
+
+_MENDS = {
+    "training": "Lower training.micro_batch_size (and raise gradient_accumulation_steps) or data.window, or set "
+    "training.gradient_checkpointing: true",
+    "evaluation": "Lower evaluation.batch_size or data.window; the 16-bit base itself must fit",
+}
+
+
+def _export_problems(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """Integer formats whose groups do not divide the inputs of every linear layer."""
+    problems = []
+    for name in recipe.export.formats:
+        group = name.rpartition("_g")[2]
+        if not group.isdigit():
+            continue
+        unfit = [layer for layer, (_, in_features) in shape.linears.items() if in_features % int(group)]
+        if unfit:
+            problems.append(
+                f"export.formats: {name} needs inputs in multiples of {group}; "
+                f"{', '.join(unfit)} of this base have others. Choose smaller groups or compressed_tensors_w8a16"
+            )
+    return problems
+
+
+def _written_bytes(root: Path) -> int:
+    """Size of all files below a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink())

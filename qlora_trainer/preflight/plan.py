@@ -1,0 +1,76 @@
+"""The stages of a run in order, each in a sentence with its figures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_trainer.numerics.footprint import adapter_tensor_sizes
+from qlora_trainer.numerics.model_shape import ModelShape
+from qlora_trainer.preflight.prediction import training_load
+from qlora_trainer.recipe import Recipe, Training
+from qlora_trainer.records import BaseCheckpoint
+from qlora_trainer.stages.dataset import TaskRows
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage and what it will do."""
+
+    name: str
+    text: str
+
+
+def planned_steps(training: Training, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if training.max_steps is not None:
+        return training.max_steps
+    return max(1, round((training.epochs or 0.0) * rows / training.batch_size))
+
+
+def plan(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, shape: ModelShape | None) -> tuple[PlannedStage, ...]:
+    """Every stage from the base to the report."""
+    measured = _measured(recipe, rows)
+    kind = recipe.quantization
+    double = " with double quantization" if kind.doubly_quantized else ""
+    return (
+        PlannedStage("base model", f"{base.folder}: {base.parameters:,} parameters, {base.bytes / 2**20:,.1f} MiB"),
+        PlannedStage("evaluate base_16bit", measured),
+        PlannedStage("quantize", f"{kind.data_type}{double}, kept in {kind.cache_folder}"),
+        PlannedStage("evaluate quantized_base", "the same rows"),
+        PlannedStage("train", _training(recipe, rows, shape)),
+        PlannedStage("evaluate adapter_unmerged", "the same rows"),
+        PlannedStage("merge", f"into the {recipe.merge.into} base, saved as {recipe.merge.data_type}"),
+        PlannedStage("evaluate merged_16bit", "the same rows, and KL to the trained model"),
+        *(
+            PlannedStage(f"export {name}", "written, loaded again, verified, evaluated")
+            for name in recipe.export.formats
+        ),
+        PlannedStage("report", str(Path(recipe.run.folder) / recipe.run.name / "report.html")),
+    )
+
+
+def _measured(recipe: Recipe, rows: TaskRows) -> str:
+    evaluation = recipe.evaluation
+    text = f"nats per token on {len(rows.test):,} test rows"
+    if not evaluation.metrics:
+        return text
+    generated = min(evaluation.generation_rows, len(rows.test))
+    return f"{text}; {', '.join(evaluation.metrics)} on {generated:,} generated ones"
+
+
+def _training(recipe: Recipe, rows: TaskRows, shape: ModelShape | None) -> str:
+    training = recipe.training
+    steps = planned_steps(training, len(rows.train))
+    epochs = steps * training.batch_size / len(rows.train)
+    tokens = sum(len(row.token_ids) for row in rows.train)
+    labels = sum(row.label_count for row in rows.train)
+    parts = [
+        f"{steps:,} steps of {training.batch_size} rows "
+        f"({training.micro_batch_size} x {training.gradient_accumulation_steps}), "
+        f"{epochs:.2f} epochs of {len(rows.train):,} rows",
+        f"about {epochs * tokens:,.0f} tokens, {epochs * labels:,.0f} of them labels",
+        f"validation on {len(rows.validation):,} rows",
+    ]
+    if shape is not None:
+        trained = sum(adapter_tensor_sizes(shape, training_load(recipe, rows, "cpu")))
+        parts.append(f"{trained:,} trained parameters")
+    return "; ".join(parts)
