@@ -52,7 +52,7 @@ class VerificationError(TrainerError):
     exit_code = 3
 
 
-class Interrupted(TrainerError):
+class Interrupted(TrainerError):  # noqa: N818 - nothing went wrong
     """Ctrl-C or SIGTERM; the state was saved and the same command goes on from it."""
 
     exit_code = 130

@@ -103,7 +103,8 @@ class Lora(Section):
     dropout: Share = 0.0
     """Dropout on the adapter's input while training."""
     target_modules: Literal["all-linear"] | Names = "all-linear"
-    """``all-linear`` (every linear layer but the output head) or a list of module names such as ``[q_proj, v_proj]``."""
+    """``all-linear`` (every linear layer but the output head) or a list of module names such as ``[q_proj,
+    v_proj]``."""
     use_rslora: bool = False
     """s = alpha / sqrt(rank) (rank-stabilised LoRA, arXiv 2312.03732)."""
     use_dora: bool = False
@@ -132,17 +133,21 @@ class Data(Section):
     validation: str | None = None
     """Rows for periodic validation. Absent = ``validation_rows`` are held out of ``train``."""
     test: str | None = None
-    """Rows that choose nothing; every reported figure comes from them. Absent = ``test_rows`` are held out of ``train``."""
+    """Rows that choose nothing; every reported figure comes from them. Absent = ``test_rows`` are held out of
+    ``train``."""
     validation_rows: PositiveInt | None = None
-    """Rows to hold out of ``train`` where there is no ``validation`` file; with one, use at most so many of its rows."""
+    """Rows to hold out of ``train`` where there is no ``validation`` file; with one, use at most so many of its
+    rows."""
     test_rows: PositiveInt | None = None
     """Rows to hold out of ``train`` where there is no ``test`` file; with one, use at most so many of its rows."""
     train_rows: PositiveInt | None = None
     """Use at most so many training rows."""
     split_by: str | None = None
-    """A column; rows with the same value never stand on two sides of a split, and overlap between files is dropped from ``train``."""
+    """A column; rows with the same value never stand on two sides of a split, and overlap between files is dropped
+    from ``train``."""
     format: Literal["prompt_completion", "messages"] = "prompt_completion"
-    """``prompt_completion``: two text columns. ``messages``: a list of {role, content}; every assistant turn is trained."""
+    """``prompt_completion``: two text columns. ``messages``: a list of {role, content}; every assistant turn is
+    trained."""
     prompt_column: str = "prompt"
     """Column of the prompt (``prompt_completion``)."""
     completion_column: str = "completion"
@@ -150,11 +155,13 @@ class Data(Section):
     messages_column: str = "messages"
     """Column of the messages (``messages``)."""
     render: Literal["chat", "text"] = "chat"
-    """``chat``: through the tokenizer's chat template. ``text``: through ``text_template``, for models without a chat template."""
+    """``chat``: through the tokenizer's chat template. ``text``: through ``text_template``, for models without a
+    chat template."""
     text_template: str = "{prompt}\n"
     """What stands before the completion when ``render: text``; must hold ``{prompt}``."""
     stop_token: str | None = None
-    """Token that ends a completion when ``render: text``; absent = the tokenizer's eos token. Must be one that generation stops at."""
+    """Token that ends a completion when ``render: text``; absent = the tokenizer's eos token. Must be one that
+    generation stops at."""
     window: PositiveInt = 512
     """Longest row in tokens."""
     overlong: Literal["drop", "truncate_prompt", "refuse"] = "drop"
@@ -167,7 +174,9 @@ class Data(Section):
         if "{prompt}" not in self.text_template:
             raise ValueError(f"text_template must hold {{prompt}}, got {self.text_template!r}")
         if self.stop_token is not None and self.render == "chat":
-            raise ValueError("stop_token is for render: text; with render: chat the chat template writes the stop token")
+            raise ValueError(
+                "stop_token is for render: text; with render: chat the chat template writes the stop token"
+            )
         for split, path, count in (
             ("validation", self.validation, self.validation_rows),
             ("test", self.test, self.test_rows),

@@ -250,7 +250,7 @@ class TrainingFigures:
 class StageFigures:
     """One row of the gap table.
 
-    ``kl_to_trained`` and ``top1_agreement`` are None for ``adapter_unmerged``, which is what the others are compared with.
+    ``kl_to_trained`` and ``top1_agreement`` are None for ``adapter_unmerged``, with which the others are compared.
     """
 
     name: str

@@ -70,9 +70,7 @@ def make_trainer(folder: Path, job: dict[str, Any], *, gradient_checkpointing: b
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     trainer = CountingTrainer(
-        AutoModelForCausalLM.from_pretrained(
-            folder / "model", quantization_config=quantization, dtype=torch.bfloat16
-        ),
+        AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=quantization, dtype=torch.bfloat16),
         args=SFTConfig(
             output_dir=str(folder / "peer"),
             per_device_train_batch_size=job["micro_batch_size"],
@@ -89,6 +87,8 @@ def make_trainer(folder: Path, job: dict[str, Any], *, gradient_checkpointing: b
             report_to="none",
             disable_tqdm=True,
             seed=job["seed"],
+            # Asked for by transformers before it takes bfloat16 on a processor; bfloat16 itself is TRL's default.
+            use_cpu=True,
         ),
         train_dataset=Dataset.from_dict({"input_ids": job["token_ids"], "labels": job["labels"]}),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),

@@ -1,14 +1,14 @@
 """How long does one optimizer step take here, and how much memory, against TRL + PEFT + bitsandbytes?
 
-Both sides train the same Llama with random weights on the same rows, on the processor, in turns; each run is a process
-of its own (ours in this file, the peer's in ``bench_peer.py``), with as many threads as the other.
+Both sides train the same Llama with random weights on the same rows of gsm8k, on the processor, with as many threads.
+They take turns, and each turn is a process of its own: ours in this file, the peer's in ``bench_peer.py``.
 
     python scripts/bench_step.py          # needs: pip install -e '.[bench]'
 
 Prints a table and writes ``scripts/results/bench_step.json``. Every batch has one row that fills the window, or nearly,
-and three that come as they come, so that all steps multiply matrices of about one size and padding has its usual
-share. Both sides pad a batch to its longest row. A comparison of different work is refused: tokens must be the
-same, and the losses equal within ``LOSS_TOLERANCE``.
+and others as they come: all steps multiply matrices of about one size, and padding has its usual share. Both sides
+pad a batch to its longest row. A comparison of different work is refused: tokens must be the same, and losses equal
+within ``LOSS_TOLERANCE``.
 """
 
 import argparse
@@ -22,17 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_trainer.data.batches import collate
-from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow, encode_chat
+from qlora_trainer.data.encode import EncodedRow, encode_chat
 from qlora_trainer.data.examples import prompt_completion_examples
 from qlora_trainer.data.sources import read_rows
 from qlora_trainer.data.tokenizer import TextTokenizer
@@ -47,3 +48,263 @@ from qlora_trainer.runtime.weight_files import copy_companions
 from qlora_trainer.stages.adapt import adapt, choose_layers
 from qlora_trainer.stages.quantize import quantize
 from qlora_trainer.stages.train.step import optimizer_step
+
+ROOT: Final = Path(__file__).parents[1]
+COMMANDS: Final = {
+    "ours": [sys.executable, __file__, "--our-turn"],
+    "peer": [sys.executable, str(Path(__file__).with_name("bench_peer.py"))],
+}
+WARM_UP_STEPS: Final = 1
+LOSS_TOLERANCE: Final = 2e-3
+"""Nats per label token by which the two sides may differ in any step."""
+QUIET_SPREAD: Final = 0.15
+"""Step times that differ by more than this share of their median are pointed out: the machine was not quiet."""
+SHAPE: Final = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+SHAPE |= {"intermediate_size": 1536, "vocab_size": 49_152}
+QUICK_SHAPE: Final = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+QUICK_SHAPE |= {"intermediate_size": 128, "vocab_size": 4096}
+JOB: Final = {"window": 512, "micro_batch_size": 4, "rank": 16, "alpha": 32.0, "seed": 0}
+JOB |= {"learning_rate": 2e-4, "max_gradient_norm": 0.3, "optimizer": "paged_adamw_8bit"}
+
+CONFIGURATIONS: Final = {"with_checkpointing": True, "without_checkpointing": False}
+TOKEN_KINDS: Final = ("padded_tokens", "tokens", "label_tokens")
+
+Json = dict[str, Any]
+
+
+def prepare(folder: Path, args: argparse.Namespace) -> None:
+    """Writes what both sides read: ``model/`` (bfloat16, random weights, tokenizer) and ``job.json``."""
+    torch.manual_seed(JOB["seed"])
+    config = LlamaConfig(**(QUICK_SHAPE if args.quick else SHAPE), tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    copy_companions(args.tokenizer, folder / "model")
+    tokenizer = TextTokenizer.load(args.tokenizer)
+    examples = prompt_completion_examples(
+        read_rows(args.data), prompt_column="question", completion_column="answer", group_column=None
+    )
+    rows = choose_rows(encode_chat(examples, tokenizer), steps=WARM_UP_STEPS + args.steps)
+    texts = {"token_ids": [row.token_ids for row in rows], "labels": [row.labels for row in rows]}
+    (folder / "job.json").write_text(json.dumps(JOB | {"pad_id": tokenizer.pad_id} | texts))
+
+
+def choose_rows(rows: list[EncodedRow], *, steps: int) -> list[EncodedRow]:
+    """Rows of all batches, one behind the other: one of the longest of the window, then others in a seeded order."""
+    fitting = sorted((row for row in rows if len(row.token_ids) <= JOB["window"]), key=lambda row: -len(row.token_ids))
+    others, per_batch = fitting[steps:], JOB["micro_batch_size"] - 1
+    random.Random(JOB["seed"]).shuffle(others)
+    return [row for n in range(steps) for row in (fitting[n], *others[n * per_batch : (n + 1) * per_batch])]
+
+
+def run_ours(folder: Path, *, gradient_checkpointing: bool) -> Json:
+    """Our side, by the functions of which the stages are made."""
+    job = json.loads((folder / "job.json").read_text())
+    with PeakMemory() as memory:
+        model = adapted_model(folder, job)
+        set_checkpointing(model, wanted=gradient_checkpointing)
+        steps = train(model, job)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "threads": torch.get_num_threads(),
+        "trainable_parameters": trainable,
+        "peak_bytes": memory.peak_bytes(),
+        "steps": steps,
+    }
+
+
+def adapted_model(folder: Path, job: Json) -> nn.Module:
+    """The folder's model in NF4 with double quantization and adapters on all linear layers; quantizes it once."""
+    lora, settings = Lora(rank=job["rank"], alpha=job["alpha"]), Quantization(cache_folder=str(folder / "quantized"))
+    base = BaseCheckpoint(folder=folder / "model", parameters=0, bytes=0)
+    layers = choose_layers(base, lora)
+    quantized = quantize(base, settings, lora=lora, layers=layers, content_key="random weights")
+    return adapt(quantized, lora, layers=layers, compute_dtype=settings.compute_dtype, seed=job["seed"]).train()
+
+
+def train(model: nn.Module, job: Json) -> list[Json]:
+    """Takes one step on each batch; changes the model's adapters."""
+    rows = [EncodedRow(tuple(ids), tuple(labels), (), "", "") for ids, labels in zip(job["token_ids"], job["labels"])]
+    optimizer = bnb.make_optimizer(
+        job["optimizer"],
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        learning_rate=job["learning_rate"],
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+    )
+    steps = []
+    for start in range(0, len(rows), job["micro_batch_size"]):
+        began = time.perf_counter(), time.process_time()
+        batch = collate(rows, range(start, start + job["micro_batch_size"]), job["pad_id"])
+        result = optimizer_step(
+            model,
+            [batch],
+            optimizer,
+            max_gradient_norm=job["max_gradient_norm"],
+            world=World.current(),
+            name_rows=str,
+        )
+        steps.append(
+            {
+                "seconds": time.perf_counter() - began[0],
+                "cpu_seconds": time.process_time() - began[1],
+                "padded_tokens": batch.token_ids.numel(),
+                "tokens": sum(len(rows[index].token_ids) for index in batch.row_indexes),
+                "label_tokens": result.label_tokens,
+                "token_id_sum": int(batch.token_ids.sum()),
+                "nats_per_token": float(result.nats) / result.label_tokens,
+            }
+        )
+    return steps
+
+
+def take_turn(side: str, folder: Path, *, gradient_checkpointing: bool, threads: int) -> Json:
+    """One run of one side in a process of its own."""
+    result = folder / f"{side}.json"
+    command = [*COMMANDS[side], str(folder), str(result), *["--gradient-checkpointing"] * gradient_checkpointing]
+    settings = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
+    turn: Json = json.loads(result.read_text())
+    return turn
+
+
+def figures(turns: list[Json]) -> Json:
+    """What one side needed in one configuration, over the measured steps of all its turns."""
+    measured = [step for turn in turns for step in turn["steps"][WARM_UP_STEPS:]]
+    seconds = [step["seconds"] for step in measured]
+    step_seconds = statistics.median(seconds)
+    rates = {
+        f"{kind}_per_second": statistics.mean(step[kind] for step in measured) / step_seconds
+        for kind in ("padded_tokens", "tokens", "label_tokens")
+    }
+    return {
+        "step_seconds": step_seconds,
+        "spread": (max(seconds) - min(seconds)) / step_seconds,
+        "cores_busy": statistics.median(step["cpu_seconds"] / step["seconds"] for step in measured),
+        **rates,
+        "peak_bytes": max(turn["peak_bytes"] for turn in turns),
+        "turns": turns,
+    }
+
+
+def largest_loss_difference(ours: Json, peer: Json) -> float:
+    """Nats per label token, over all steps of all turns.
+
+    Raises:
+        ValueError: the sides saw other tokens, or their losses are further apart than rounding explains.
+    """
+    pairs = [
+        pair
+        for turns in zip(ours["turns"], peer["turns"], strict=True)
+        for pair in zip(*(turn["steps"] for turn in turns), strict=True)
+    ]
+    for number, (own, other) in enumerate(pairs):
+        for kind in ("padded_tokens", "tokens", "label_tokens", "token_id_sum"):
+            if own[kind] != other[kind]:
+                raise ValueError(f"step {number}: {kind} is {own[kind]} in ours and {other[kind]} in the peer's batch")
+    largest = max(abs(own["nats_per_token"] - other["nats_per_token"]) for own, other in pairs)
+    if largest > LOSS_TOLERANCE:
+        raise ValueError(
+            f"the losses differ by up to {largest:.2g} nats, more than {LOSS_TOLERANCE}: other work is done"
+        )
+    return largest
+
+
+def compare(turns: dict[str, list[Json]]) -> Json:
+    """Both sides' figures in one configuration, and peer / ours of time and memory."""
+    sides = {side: figures(taken) for side, taken in turns.items()}
+    ours, peer = sides["ours"], sides["peer"]
+    return {
+        **sides,
+        "largest_loss_difference": largest_loss_difference(ours, peer),
+        "times_as_fast": peer["step_seconds"] / ours["step_seconds"],
+        "share_of_peer_memory": ours["peak_bytes"] / peer["peak_bytes"],
+    }
+
+
+def measure(folder: Path, args: argparse.Namespace) -> Json:
+    """Both sides in turns, with and without gradient checkpointing, ``args.rounds`` times over."""
+    turns: dict[bool, dict[str, list[Json]]] = {wanted: {side: [] for side in COMMANDS} for wanted in (True, False)}
+    for _, wanted, side in product(range(args.rounds), turns, COMMANDS):
+        turn = take_turn(side, folder, gradient_checkpointing=wanted, threads=args.threads)
+        print(f"{side}, checkpointing {wanted}: {[round(step['seconds'], 2) for step in turn['steps']]} s", flush=True)
+        turns[wanted][side].append(turn)
+    return {
+        "with_checkpointing": compare(turns[True]),
+        "without_checkpointing": compare(turns[False]),
+    }
+
+
+def circumstances(args: argparse.Namespace) -> Json:
+    """What the figures were measured with and on."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": shlex.join(["python", "scripts/bench_step.py", *sys.argv[1:]]),
+        "commit": described.stdout.strip(),
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "environment": describe_environment() | {name: version(name) for name in ("trl", "accelerate")},
+        "threads": args.threads,
+        "load_average_before": os.getloadavg()[0],
+        "repeats": {"rounds": args.rounds, "warm_up_steps": WARM_UP_STEPS, "steps": args.steps},
+        "shape": QUICK_SHAPE if args.quick else SHAPE,
+        "job": JOB,
+    }
+
+
+def table(result: Json) -> str:
+    """The figures as text, one line for each side and configuration."""
+    lines = [
+        f"{'':12}{'checkpointing':>14}{'s/step':>8}{'spread':>8}{'peak GiB':>10}"
+        + "".join(f"{kind + '/s':>16}" for kind in TOKEN_KINDS)
+    ]
+    for configuration, wanted in CONFIGURATIONS.items():
+        compared = result[configuration]
+        for side in COMMANDS:
+            own = compared[side]
+            rates = "".join(f"{own[f'{kind}_per_second']:>16.1f}" for kind in TOKEN_KINDS)
+            numbers = f"{own['step_seconds']:>8.2f}{own['spread']:>8.1%}{own['peak_bytes'] / 2**30:>10.2f}"
+            lines.append(f"{side:12}{'on' if wanted else 'off':>14}{numbers}{rates}")
+        lines.append(
+            f"  ours is {compared['times_as_fast']:.2f} times as fast in {compared['share_of_peer_memory']:.2f} of the "
+            f"memory; losses differ by {compared['largest_loss_difference']:.1e} nats at most"
+        )
+    noisy = max(result[configuration][side]["spread"] for configuration in CONFIGURATIONS for side in COMMANDS)
+    if noisy > QUIET_SPREAD:
+        lines.append(
+            f"The machine was not quiet: step times of one configuration spread by {noisy:.0%} of their median."
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--our-turn", nargs=2, type=Path, metavar=("FOLDER", "RESULT"), help="what a turn of ours runs")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="with --our-turn")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/gsm8k/train.jsonl")
+    parser.add_argument("--tokenizer", type=Path, default=ROOT / "recipes/quickstart/base", help="its folder")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side in each configuration")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps in a turn")
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts/results/bench_step.json")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model: shows that the script works, measures nothing"
+    )
+    args = parser.parse_args()
+    if args.our_turn:
+        folder, result = args.our_turn
+        turn = run_ours(folder, gradient_checkpointing=args.gradient_checkpointing)
+        result.write_text(json.dumps(turn))
+        return
+    if importlib.util.find_spec("trl") is None:
+        raise SystemExit("the peer needs trl: pip install -c constraints.txt -e '.[bench]'")
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), args)
+        result = circumstances(args) | measure(Path(folder), args)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import ast
 import hashlib
 import json
 import math
+import platform
 import signal
 import sysconfig
 import time
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +38,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
     "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant:\\n' }}"
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}"
     "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 
 
@@ -225,7 +227,10 @@ def pretrain(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(state[name])
         step, curve, spent = state["step"], state["curve"], state["seconds"]
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(train):,} training tokens, {len(held_out):,} held out, {steps} steps", flush=True)
+    print(
+        f"{parameters:,} parameters, {len(train):,} training tokens, {len(held_out):,} held out, {steps} steps",
+        flush=True,
+    )
 
     def point() -> None:
         nats = held_out_nats(model, held_out, batch=args.batch)
@@ -254,16 +259,56 @@ def pretrain(args: argparse.Namespace) -> None:
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").rename(checkpoint)
     if step == steps:
-        facts = {"parameters": parameters, "corpus_files": corpus.files, "corpus_sha256": corpus.sha256}
-        facts |= {"tokens_seen": steps * args.batch * WINDOW, "seconds": round(spent), "curve": curve}
+        facts = {
+            "parameters": parameters,
+            "shape": f"hidden {args.hidden}, {args.layers} layers, ffn {args.ffn}, vocabulary {args.vocabulary}, tied",
+            "python": platform.python_version(),
+            "corpus_files": corpus.files,
+            "corpus_sha256": corpus.sha256,
+            "tokens_seen": steps * args.batch * WINDOW,
+            "seconds": round(spent),
+            "curve": curve,
+            "command": f"python scripts/pretrain_base.py --tokens {args.tokens:g}",
+        }
         save(model, tokenizer, facts, args.out)
 
 
-def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, facts: dict[str, object], out: Path) -> None:
-    """Writes bfloat16 safetensors, tokenizer, ``pretraining.json`` (the curve) and the folder's files."""
+def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], out: Path) -> None:
+    """Writes bfloat16 safetensors, tokenizer, ``pretraining.json`` (the curve) and the model card."""
     model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(out)
     (out / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "README.md").write_text(card(facts))
+
+
+def card(facts: dict[str, Any]) -> str:
+    """The model card: what the model is, what it read, how well it predicts what it did not read."""
+    last = facts["curve"][-1]
+    curve = "\n".join(
+        f"| {point['tokens'] / 1e6:.2f} M | {point['nats_per_token']:.3f} | {point['bits_per_byte']:.3f} |"
+        for point in facts["curve"]
+    )
+    return f"""# The embedded base
+
+A Llama of {facts["parameters"]:,} parameters ({facts["shape"]}), bfloat16, with a
+byte-level BPE tokenizer of its own (every digit is one token) and a chat template. Made for the quickstart and for tests: it knows Python's standard library and little else.
+
+- Corpus: the standard library of Python {facts["python"]}: {facts["corpus_files"]:,} source files (tests included) without
+  site-packages and lib2to3, the prose of their docstrings, and pydoc's topics; SHA-256 of the texts
+  `{facts["corpus_sha256"][:16]}`. Python's licence (PSF) allows it.
+- Held out: every {HELD_OUT_EVERY}th file, whole, docstrings included.
+- Tokens seen: {facts["tokens_seen"]:,} in windows of {WINDOW}; {facts["seconds"]:,} s on two processor cores that
+  had other work too.
+- **Held-out loss: {last["nats_per_token"]:.3f} nats per token, {last["bits_per_byte"]:.3f} bits per byte.**
+- Command: `{facts["command"]}`
+
+| tokens seen | held-out nats per token | bits per byte |
+|---|---|---|
+{curve}
+
+The rate falls to zero at the end, hence the last drop. Licence of the weights: Apache-2.0.
+"""
 
 
 if __name__ == "__main__":

@@ -52,7 +52,15 @@ DOORS = {
     "rouge_score": {"data.scoring"},
 }
 
-WITHOUT_TORCH = ("cli", "preflight", "recipe_file", "records", "stages.dataset", "stages.base_model", "runtime.run_folder")
+WITHOUT_TORCH = (
+    "cli",
+    "preflight",
+    "recipe_file",
+    "records",
+    "stages.dataset",
+    "stages.base_model",
+    "runtime.run_folder",
+)
 
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 60

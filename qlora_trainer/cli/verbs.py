@@ -40,8 +40,8 @@ VERBS = (
         name="run",
         until="report",
         does="The whole way, from the base model to the report.",
-        text="Reads the recipe, the base model and the data files that it names. Writes "
-        "run.folder/run.name/: recipe.yaml, metrics.jsonl, checkpoints/, adapter/, merged/, exports/, report.json, report.md, report.html. "
+        text="Reads the recipe, the base model and the data files that it names. Writes run.folder/run.name/: "
+        "recipe.yaml, metrics.jsonl, checkpoints/, adapter/, merged/, exports/ and report.json, .md and .html. "
         "Ends with a table of the loss at every stage. The exit code is 1 where an exported file could not be "
         f"verified. {RESUMES}",
         following=None,
@@ -67,8 +67,8 @@ VERBS = (
         name="evaluate",
         until="evaluate",
         does="Measure base, quantized base and trained model.",
-        text="On the test rows: nats per label token, and the task metrics of evaluation.metrics by greedy generation, each "
-        "with a bootstrap interval; the same rows for every model. Does first what is still to be done before it.",
+        text="On the test rows: nats per label token, and the task metrics of evaluation.metrics by greedy generation, "
+        "each with a bootstrap interval; the same rows for every model. Does first what is still to be done before it.",
         following="merge",
     ),
     Verb(

@@ -199,7 +199,7 @@ class Journey:
     ) -> RunReport:
         """report.json, report.md and report.html; also tells the tracker."""
         rows = self.ground.rows
-        measured = (merged, *exports)
+        measured: tuple[Measured | MeasuredExport, ...] = (merged, *exports)
         measurements = report.Measurements(
             evaluations=(*before, *(each.evaluation for each in measured)),
             fidelity={each.evaluation.stage: each.fidelity for each in measured},
@@ -238,17 +238,13 @@ class Journey:
         subject = Subject("quantized_base", export.RUNTIME, quantized.bytes)
         return self.measuring.stage(subject, quantized.key, adapted.fresh)
 
-    def measure_trained(
-        self, quantized: QuantizedModel, trained: TrainedAdapter, adapted: AdaptedModel
-    ) -> Evaluation:
+    def measure_trained(self, quantized: QuantizedModel, trained: TrainedAdapter, adapted: AdaptedModel) -> Evaluation:
         """Base and adapter, unmerged: the function that was trained."""
         size = quantized.bytes + sum(path.stat().st_size for path in trained.folder.glob("*.safetensors"))
         subject = Subject("adapter_unmerged", export.RUNTIME, size)
         return self.measuring.stage(subject, self.training_key(quantized), lambda: adapted.trained(trained.folder))
 
-    def teacher(
-        self, quantized: QuantizedModel, trained: TrainedAdapter, adapted: AdaptedModel
-    ) -> Teacher:
+    def teacher(self, quantized: QuantizedModel, trained: TrainedAdapter, adapted: AdaptedModel) -> Teacher:
         """What every file is compared with."""
         return self.measuring.teacher(self.training_key(quantized), lambda: adapted.trained(trained.folder))
 

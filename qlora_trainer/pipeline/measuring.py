@@ -104,9 +104,7 @@ class Measuring:
             self._teach(open_model(), self.recipe.evaluation.kl_tokens).write(place)
         return Teacher.read(place)
 
-    def export(
-        self, name: ExportFormat, key: str, *, inputs: export.ExportInputs, teacher: Teacher
-    ) -> MeasuredExport:
+    def export(self, name: ExportFormat, key: str, *, inputs: export.ExportInputs, teacher: Teacher) -> MeasuredExport:
         """One file: written, read back, opened in its runtime, judged and measured."""
 
         def carry_out() -> MeasuredExport:

@@ -111,7 +111,7 @@ def _one_node(text: str, source: str, problems: list[Problem]) -> yaml.Node | No
         return None
     if problems:
         return None
-    if not nodes or (isinstance(nodes[0], yaml.ScalarNode) and not nodes[0].value):
+    if not nodes or (isinstance(nodes[0], yaml.ScalarNode) and nodes[0].value in NULLS):
         problems.append(Problem(Place(0, source), (), "is empty. `qlora-trainer recipes` lists recipes to copy from"))
         return None
     return nodes[0]
@@ -202,20 +202,26 @@ def _place(part: yaml.Node | yaml.Event, source: str) -> Place:
 def _kind(node: yaml.Node) -> str:
     if isinstance(node, yaml.MappingNode):
         return "a mapping"
-    return "a list" if isinstance(node, yaml.SequenceNode) else f"the text {str(node.value)[:60]!r}"
+    return "a list" if isinstance(node, yaml.SequenceNode) else f"the text {_clipped(str(node.value))!r}"
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _syntax_problem(error: yaml.YAMLError, text: str, source: str) -> Problem:
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return Problem(
-            Place(line, source), (), f"holds the control character {error.character!r}, which YAML forbids. Remove it"
+            Place(line, source),
+            (),
+            f"holds the control character {chr(error.character)!r}, which YAML forbids. Remove it",
         )
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return Problem(Place(1, source), (), f"is not YAML: {error}")
     mark = error.problem_mark
     lines = text.splitlines()
-    written = lines[mark.line].strip() if mark.line < len(lines) else "the end of the file"
+    written = _clipped(lines[mark.line].strip()) if mark.line < len(lines) else "the end of the file"
     reason = f"{error.problem}"
     for said, meant in _SYNTAX.items():
         if said in reason:

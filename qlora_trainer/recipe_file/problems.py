@@ -166,6 +166,8 @@ def _spelling_hint(value: str) -> str:
     """The mend where another language's spelling of a number was used."""
     if value.lower().lstrip("+-.") in {"inf", "nan"}:
         return ". Only finite numbers are allowed"
+    if value.lstrip("+-").isdecimal():
+        return ". It is too large"
     for read in (lambda text: int(text, 0), float):
         try:
             return f". YAML readers disagree about {value}: write {read(value)}"

@@ -33,7 +33,8 @@ def resolve(source: BaseModelSource, *, trust_remote_code: bool = False) -> Base
     problems = _config_problems(folder, trust_remote_code=trust_remote_code)
     if not (folder / "tokenizer.json").is_file():
         problems.append(
-            "no tokenizer.json. Save the tokenizer beside the model: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            "no tokenizer.json. Save the tokenizer beside the model: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
     parameters = size = 0
     try:
@@ -72,7 +73,9 @@ def _config_problems(folder: Path, *, trust_remote_code: bool) -> list[str]:
     if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         problems.append(f"config.json names architectures {architectures}, none of which is a causal language model")
     if "quantization_config" in config:
-        problems.append("it is quantized already (config.json has a quantization_config); name the 16-bit model instead")
+        problems.append(
+            "it is quantized already (config.json has a quantization_config); name the 16-bit model instead"
+        )
     if "auto_map" in config and not trust_remote_code:
         problems.append(
             "it needs Python code that comes with the model (config.json has an auto_map). Read that code; "

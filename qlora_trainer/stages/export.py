@@ -226,8 +226,8 @@ def _require_read_back(
     wrong = sorted(module for module, digest in computed.items() if found.get(module) != digest)
     if wrong:
         raise VerificationError(
-            f"{weight_format.name}: {len(wrong)} matrices read back from the file differ from what was written, the first "
-            f"is {wrong[0]}. The disk or the format's library is at fault; the file was not kept."
+            f"{weight_format.name}: {len(wrong)} matrices read back from the file differ from what was written, "
+            f"the first is {wrong[0]}. The disk or the format's library is at fault; the file was not kept."
         )
 
 

@@ -82,9 +82,7 @@ class MergeSource:
             if factors is None:
                 yield name, base
                 continue
-            merged = merged_weight(
-                base, factors.lora_a, factors.lora_b, scale=self.scale, magnitude=factors.magnitude
-            )
+            merged = merged_weight(base, factors.lora_a, factors.lora_b, scale=self.scale, magnitude=factors.magnitude)
             if on_merged is not None:
                 on_merged(module, merged, base)
             yield name, merged

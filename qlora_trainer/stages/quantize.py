@@ -34,6 +34,7 @@ INITIAL_FACTORS = "initial_adapter"
 # Raised whenever the written folder changes for equal settings, so that older caches are not mistaken for it.
 LAYOUT = 1
 
+
 def weight_format_of(settings: Quantization) -> Bitsandbytes:
     """The format in which the frozen base is stored."""
     return Bitsandbytes(

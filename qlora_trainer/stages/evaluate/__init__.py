@@ -9,4 +9,14 @@ from qlora_trainer.stages.evaluate.generation import Decoding
 from qlora_trainer.stages.evaluate.loss import held_out_nats
 from qlora_trainer.stages.evaluate.whole import Subject, TestBench, evaluate, open_model
 
-__all__ = ["Decoding", "Subject", "Teacher", "TestBench", "evaluate", "fidelity", "held_out_nats", "open_model", "teach"]
+__all__ = [
+    "Decoding",
+    "Subject",
+    "Teacher",
+    "TestBench",
+    "evaluate",
+    "fidelity",
+    "held_out_nats",
+    "open_model",
+    "teach",
+]

@@ -44,9 +44,7 @@ class Teacher:
         return cls(log_probs=tensors["log_probs"], rows=int(tensors["rows"]))
 
 
-def teach(
-    model: nn.Module, rows: Sequence[EncodedRow], *, tokens: int, batch_size: int, pad_id: int
-) -> Teacher:
+def teach(model: nn.Module, rows: Sequence[EncodedRow], *, tokens: int, batch_size: int, pad_id: int) -> Teacher:
     """The model's distributions on as many first rows as hold about ``tokens`` label tokens, at least one row."""
     count = _rows_with(rows, tokens)
     parts = [

@@ -69,14 +69,10 @@ def evaluate(model: nn.Module, subject: Subject, bench: TestBench) -> Evaluation
     device = next(model.parameters()).device
     reset_peak_allocated(device)
     with PeakMemory() as memory:
-        losses = row_losses(
-            model, bench.rows, batch_size=bench.plan.batch_size, pad_id=bench.decoding.pad_id
-        )
+        losses = row_losses(model, bench.rows, batch_size=bench.plan.batch_size, pad_id=bench.decoding.pad_id)
         asked = bench.rows[: _rows_to_generate(bench.plan)]
         answers = answer(model, asked, bench.decoding) if asked else None
-    resampling = Resampling(
-        resamples=bench.plan.bootstrap_resamples, confidence=bench.plan.confidence, seed=bench.seed
-    )
+    resampling = Resampling(resamples=bench.plan.bootstrap_resamples, confidence=bench.plan.confidence, seed=bench.seed)
     return Evaluation(
         stage=subject.stage,
         runtime=subject.runtime,

@@ -31,9 +31,7 @@ def make(
 ) -> RunReport:
     """Composes the report and writes report.json, report.md and report.html into the run folder."""
     plan = recipe.evaluation
-    resampling = Resampling(
-        resamples=plan.bootstrap_resamples, confidence=plan.confidence, seed=recipe.run.seed
-    )
+    resampling = Resampling(resamples=plan.bootstrap_resamples, confidence=plan.confidence, seed=recipe.run.seed)
     made = compose(
         measurements=measurements,
         circumstances=Circumstances(

@@ -19,8 +19,8 @@ from qlora_trainer.numerics.schedule import learning_rate_scale
 from qlora_trainer.recipe import Training
 from qlora_trainer.runtime import bnb, checkpoint
 from qlora_trainer.runtime.device import World, allocated_bytes
-from qlora_trainer.runtime.memory import resident_bytes
 from qlora_trainer.runtime.interruption import StopRequest, stop_requests
+from qlora_trainer.runtime.memory import resident_bytes
 from qlora_trainer.runtime.progress import Observer, TrainingProgress
 from qlora_trainer.runtime.tracking import Tracker
 from qlora_trainer.stages.train.progress import Progress
@@ -245,7 +245,5 @@ class _Loop:
             random=checkpoint.capture_random(),
             progress=self.progress.to_json(),
         )
-        checkpoint.save(
-            self.inputs.checkpoints, self.progress.step, state, keep=self.settings.keep_checkpoints
-        )
+        checkpoint.save(self.inputs.checkpoints, self.progress.step, state, keep=self.settings.keep_checkpoints)
         self.saved_step = self.progress.step

@@ -54,12 +54,12 @@ def optimizer_step(
     for batch in batches:
         logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
         nats = summed_nats(logits, labels)
-        (nats * share).backward()
+        torch.autograd.backward(nats * share)
         losses.append(nats.detach())
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    for parameter in parameters:
-        parameter.grad = world.sum_(parameter.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            world.sum_(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
     # The one wait for the device in a step: a norm that is not finite also tells of a loss that is not, and
     # must be known before the optimizer's state is spoilt.
     if not torch.isfinite(norm):

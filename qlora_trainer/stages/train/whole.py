@@ -103,5 +103,7 @@ def _last_validation(progress: Progress) -> float:
     """Validation loss after the last step, which the loop always takes."""
     found = [validation for _, _, validation in progress.curve if validation is not None]
     if not found:
-        raise TrainingError("training ended without a validation; the checkpoints folder is not of this program's making")
+        raise TrainingError(
+            "training ended without a validation; the checkpoints folder is not of this program's making"
+        )
     return found[-1]

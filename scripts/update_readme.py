@@ -1,0 +1,91 @@
+"""Which figures does the README show? Those of scripts/results/*.json; this writes them between its markers.
+
+python scripts/update_readme.py           rewrites README.md
+python scripts/update_readme.py --check   says whether it is up to date (exit code 1 if not)
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "scripts" / "results"
+
+
+def quickstart_table() -> str:
+    """The gap table of the quickstart's report."""
+    report = json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))
+    kept = {f"export:{export['format']}": export for export in report["exports"]}
+    lines = [
+        "| stage | nats per token [95 %] | exact match | KL to trained | gain kept [95 %] | MiB | verified |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage in report["stages"]:
+        low, high = stage["interval"]
+        export = kept.get(stage["name"])
+        lines.append(
+            f"| {stage['name']} | {stage['nats_per_token']:.4f} [{low:.4f}, {high:.4f}] "
+            f"| {stage['metrics']['exact_match']:.1%} | {_kl(stage['kl_to_trained'])} | {_kept(export)} "
+            f"| {stage['bytes'] / 2**20:.1f} | {_verified(export)} |"
+        )
+    hardware = f"{report['environment']['cores']} cores, {report['environment']['processor']}"
+    peak = max(report["training"]["peak_bytes"], *(stage["peak_bytes"] for stage in report["stages"]))
+    lines += ["", f"Measured on {hardware}: {report['seconds']:.0f} s, at most {peak / 2**30:.2f} GiB resident."]
+    lines += ["", f"> {report['sentence']}"]
+    return "\n".join(lines)
+
+
+def step_table() -> str:
+    """One optimizer step beside the peer's."""
+    result = json.loads((RESULTS / "bench_step.json").read_text(encoding="utf-8"))
+    return str(result["markdown"])
+
+
+def _kl(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _kept(export: dict[str, Any] | None) -> str:
+    if export is None:
+        return ""
+    if export["gain_kept"] is None:
+        return "not divisible"
+    return f"{export['gain_kept']:.1%} [{export['interval'][0]:.1%}, {export['interval'][1]:.1%}]"
+
+
+def _verified(export: dict[str, Any] | None) -> str:
+    return "" if export is None else "yes" if export["verified"] else "NO"
+
+
+TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart_table, "bench_step": step_table}
+
+
+def updated(text: str) -> str:
+    """The README with each table between its markers made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no markers <!-- {name} --> ... <!-- /{name} -->")
+        table = make()
+        text = pattern.sub(lambda found, table=table: f"{found[1]}{table}{found[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    """Rewrites or checks README.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if something would change")
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = updated(before)
+    if parser.parse_args().check:
+        return int(before != after)
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
