@@ -22,6 +22,9 @@ ExportFormat = Literal[
     "compressed_tensors_w8a16",
 ]
 
+SHAPING_SECTIONS = ("run.seed", "base_model", "quantization", "lora", "data", "training")
+"""What makes the trained adapter what it is; a run's folder belongs to one choice of these sections and settings."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]

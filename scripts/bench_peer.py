@@ -111,15 +111,19 @@ def main() -> None:
     stopwatch = Stopwatch()
     trainer.add_callback(stopwatch)
     trainer.train()
-    losses = [{"nats_per_token": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
-    steps = zip(stopwatch.steps, trainer.batches, losses, strict=True)
+    logged = [
+        {"nats_per_token": entry["loss"], "gradient_norm": entry["grad_norm"]}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    steps = zip(stopwatch.steps, trainer.batches, logged, strict=True)
     # Not ru_maxrss: that one also holds what the parent process had before this program was loaded.
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     result = {
         "threads": torch.get_num_threads(),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "peak_bytes": int(peak[1]) * 1024 if peak else None,
-        "steps": [times | batch | loss for times, batch, loss in steps],
+        "steps": [times | batch | log for times, batch, log in steps],
     }
     args.result.write_text(json.dumps(result))
 

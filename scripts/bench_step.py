@@ -7,8 +7,8 @@ They take turns, and each turn is a process of its own: ours in this file, the p
 
 Prints a table and writes ``scripts/results/bench_step.json``. Every batch has one row that fills the window, or nearly,
 and others as they come: all steps multiply matrices of about one size, and padding has its usual share. Both sides
-pad a batch to its longest row. A comparison of different work is refused: tokens must be the same, and losses equal
-within ``LOSS_TOLERANCE``.
+pad a batch to its longest row. A comparison of different work is refused: the sides must see the same tokens and find
+the same losses and gradient norms, within ``TOLERANCES``.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging as library_logging
 
 from qlora_trainer.data.batches import collate
 from qlora_trainer.data.encode import EncodedRow, encode_chat
@@ -55,8 +56,8 @@ COMMANDS: Final = {
     "peer": [sys.executable, str(Path(__file__).with_name("bench_peer.py"))],
 }
 WARM_UP_STEPS: Final = 1
-LOSS_TOLERANCE: Final = 2e-3
-"""Nats per label token by which the two sides may differ in any step."""
+TOLERANCES: Final = {"nats_per_token": 1e-3, "gradient_norm": 0.02}
+"""By how much the sides may differ in a step: in nats, and as a share of the norm, which the peer rounds to bfloat16."""
 QUIET_SPREAD: Final = 0.15
 """Step times that differ by more than this share of their median are pointed out: the machine was not quiet."""
 SHAPE: Final = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -66,14 +67,21 @@ QUICK_SHAPE |= {"intermediate_size": 128, "vocab_size": 4096}
 JOB: Final = {"window": 512, "micro_batch_size": 4, "rank": 16, "alpha": 32.0, "seed": 0}
 JOB |= {"learning_rate": 2e-4, "max_gradient_norm": 0.3, "optimizer": "paged_adamw_8bit"}
 
+PEER: Final = (
+    "trl.SFTTrainer on a transformers model loaded with BitsAndBytesConfig (NF4, double quantization, bfloat16), "
+    "LoraConfig on all linear layers, dataset of input_ids and labels read in order; all else as TRL has it: bfloat16 "
+    "autocast, bfloat16 adapters, sdpa with a padding mask, non-reentrant checkpointing, loss 'nll' in chunks (on a "
+    "processor over all positions, not only the labelled ones)"
+)
 CONFIGURATIONS: Final = {"with_checkpointing": True, "without_checkpointing": False}
 TOKEN_KINDS: Final = ("padded_tokens", "tokens", "label_tokens")
 
 Json = dict[str, Any]
 
 
-def prepare(folder: Path, args: argparse.Namespace) -> None:
-    """Writes what both sides read: ``model/`` (bfloat16, random weights, tokenizer) and ``job.json``."""
+def prepare(folder: Path, args: argparse.Namespace) -> Json:
+    """Writes what both sides read, ``model/`` (bfloat16, random weights, tokenizer) and ``job.json``; gives the job."""
+    library_logging.disable_progress_bar()
     torch.manual_seed(JOB["seed"])
     config = LlamaConfig(**(QUICK_SHAPE if args.quick else SHAPE), tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "model")
@@ -83,8 +91,10 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         read_rows(args.data), prompt_column="question", completion_column="answer", group_column=None
     )
     rows = choose_rows(encode_chat(examples, tokenizer), steps=WARM_UP_STEPS + args.steps)
-    texts = {"token_ids": [row.token_ids for row in rows], "labels": [row.labels for row in rows]}
-    (folder / "job.json").write_text(json.dumps(JOB | {"pad_id": tokenizer.pad_id} | texts))
+    tokens = {"token_ids": [row.token_ids for row in rows], "labels": [row.labels for row in rows]}
+    job = JOB | {"pad_id": tokenizer.pad_id} | tokens
+    (folder / "job.json").write_text(json.dumps(job))
+    return job
 
 
 def choose_rows(rows: list[EncodedRow], *, steps: int) -> list[EncodedRow]:
@@ -122,7 +132,8 @@ def adapted_model(folder: Path, job: Json) -> nn.Module:
 
 def train(model: nn.Module, job: Json) -> list[Json]:
     """Takes one step on each batch; changes the model's adapters."""
-    rows = [EncodedRow(tuple(ids), tuple(labels), (), "", "") for ids, labels in zip(job["token_ids"], job["labels"])]
+    pairs = zip(job["token_ids"], job["labels"], strict=True)
+    rows = [EncodedRow(tuple(token_ids), tuple(labels), (), "", "") for token_ids, labels in pairs]
     optimizer = bnb.make_optimizer(
         job["optimizer"],
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -151,6 +162,7 @@ def train(model: nn.Module, job: Json) -> list[Json]:
                 "label_tokens": result.label_tokens,
                 "token_id_sum": int(batch.token_ids.sum()),
                 "nats_per_token": float(result.nats) / result.label_tokens,
+                "gradient_norm": result.gradient_norm,
             }
         )
     return steps
@@ -187,27 +199,29 @@ def figures(turns: list[Json]) -> Json:
     }
 
 
-def largest_loss_difference(ours: Json, peer: Json) -> float:
-    """Nats per label token, over all steps of all turns.
+def largest_differences(ours: list[Json], peer: list[Json]) -> dict[str, float]:
+    """How far loss (in nats per label token) and gradient norm (as a share) lie apart, over all steps of all turns.
 
     Raises:
-        ValueError: the sides saw other tokens, or their losses are further apart than rounding explains.
+        ValueError: the sides saw other tokens, or differ by more than rounding explains: they did not do the same work.
     """
-    pairs = [
-        pair
-        for turns in zip(ours["turns"], peer["turns"], strict=True)
-        for pair in zip(*(turn["steps"] for turn in turns), strict=True)
-    ]
-    for number, (own, other) in enumerate(pairs):
-        for kind in ("padded_tokens", "tokens", "label_tokens", "token_id_sum"):
-            if own[kind] != other[kind]:
-                raise ValueError(f"step {number}: {kind} is {own[kind]} in ours and {other[kind]} in the peer's batch")
-    largest = max(abs(own["nats_per_token"] - other["nats_per_token"]) for own, other in pairs)
-    if largest > LOSS_TOLERANCE:
-        raise ValueError(
-            f"the losses differ by up to {largest:.2g} nats, more than {LOSS_TOLERANCE}: other work is done"
-        )
-    return largest
+    differences = dict.fromkeys(TOLERANCES, 0.0)
+    for own, other in zip(all_steps(ours), all_steps(peer), strict=True):
+        changed = [kind for kind in (*TOKEN_KINDS, "token_id_sum") if own[kind] != other[kind]]
+        if changed:
+            raise ValueError(f"the sides saw other batches, which {', '.join(changed)} tell: {own} and {other}")
+        apart = {"nats_per_token": abs(own["nats_per_token"] - other["nats_per_token"])}
+        apart["gradient_norm"] = abs(own["gradient_norm"] / other["gradient_norm"] - 1)
+        differences = {name: max(differences[name], apart[name]) for name in TOLERANCES}
+    too_large = [name for name, tolerance in TOLERANCES.items() if not differences[name] <= tolerance]
+    if too_large:
+        raise ValueError(f"{', '.join(too_large)} of the sides differ by more than rounding explains: {differences}")
+    return differences
+
+
+def all_steps(turns: list[Json]) -> list[Json]:
+    """The steps of all turns, warm-up included."""
+    return [step for turn in turns for step in turn["steps"]]
 
 
 def compare(turns: dict[str, list[Json]]) -> Json:
@@ -216,7 +230,7 @@ def compare(turns: dict[str, list[Json]]) -> Json:
     ours, peer = sides["ours"], sides["peer"]
     return {
         **sides,
-        "largest_loss_difference": largest_loss_difference(ours, peer),
+        "largest_differences": largest_differences(turns["ours"], turns["peer"]),
         "times_as_fast": peer["step_seconds"] / ours["step_seconds"],
         "share_of_peer_memory": ours["peak_bytes"] / peer["peak_bytes"],
     }
@@ -229,14 +243,14 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
         turn = take_turn(side, folder, gradient_checkpointing=wanted, threads=args.threads)
         print(f"{side}, checkpointing {wanted}: {[round(step['seconds'], 2) for step in turn['steps']]} s", flush=True)
         turns[wanted][side].append(turn)
-    return {
-        "with_checkpointing": compare(turns[True]),
-        "without_checkpointing": compare(turns[False]),
-    }
+    result = {configuration: compare(turns[wanted]) for configuration, wanted in CONFIGURATIONS.items()}
+    largest_spread = max(compared[side]["spread"] for compared in result.values() for side in COMMANDS)
+    return {"was_quiet": largest_spread <= QUIET_SPREAD, "largest_spread": largest_spread} | result
 
 
-def circumstances(args: argparse.Namespace) -> Json:
+def circumstances(job: Json, args: argparse.Namespace) -> Json:
     """What the figures were measured with and on."""
+    lengths = [len(token_ids) for token_ids in job["token_ids"]]
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -249,14 +263,15 @@ def circumstances(args: argparse.Namespace) -> Json:
         "load_average_before": os.getloadavg()[0],
         "repeats": {"rounds": args.rounds, "warm_up_steps": WARM_UP_STEPS, "steps": args.steps},
         "shape": QUICK_SHAPE if args.quick else SHAPE,
-        "job": JOB,
+        "job": JOB | {"row_tokens": lengths},
+        "peer": PEER,
     }
 
 
 def table(result: Json) -> str:
     """The figures as text, one line for each side and configuration."""
     lines = [
-        f"{'':12}{'checkpointing':>14}{'s/step':>8}{'spread':>8}{'peak GiB':>10}"
+        f"{'side':6}{'checkpointing':>14}{'s/step':>8}{'spread':>8}{'peak GiB':>10}"
         + "".join(f"{kind + '/s':>16}" for kind in TOKEN_KINDS)
     ]
     for configuration, wanted in CONFIGURATIONS.items():
@@ -265,16 +280,14 @@ def table(result: Json) -> str:
             own = compared[side]
             rates = "".join(f"{own[f'{kind}_per_second']:>16.1f}" for kind in TOKEN_KINDS)
             numbers = f"{own['step_seconds']:>8.2f}{own['spread']:>8.1%}{own['peak_bytes'] / 2**30:>10.2f}"
-            lines.append(f"{side:12}{'on' if wanted else 'off':>14}{numbers}{rates}")
+            lines.append(f"{side:6}{'on' if wanted else 'off':>14}{numbers}{rates}")
+        apart = ", ".join(f"{name} {value:.1e}" for name, value in compared["largest_differences"].items())
         lines.append(
-            f"  ours is {compared['times_as_fast']:.2f} times as fast in {compared['share_of_peer_memory']:.2f} of the "
-            f"memory; losses differ by {compared['largest_loss_difference']:.1e} nats at most"
+            f"    ours is {compared['times_as_fast']:.2f} times as fast, in {compared['share_of_peer_memory']:.0%} of "
+            f"the memory; the sides differ by at most: {apart}"
         )
-    noisy = max(result[configuration][side]["spread"] for configuration in CONFIGURATIONS for side in COMMANDS)
-    if noisy > QUIET_SPREAD:
-        lines.append(
-            f"The machine was not quiet: step times of one configuration spread by {noisy:.0%} of their median."
-        )
+    if not result["was_quiet"]:
+        lines.append(f"The machine was not quiet: step times spread by up to {result['largest_spread']:.0%}.")
     return "\n".join(lines)
 
 
@@ -300,8 +313,8 @@ def main() -> None:
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("the peer needs trl: pip install -c constraints.txt -e '.[bench]'")
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), args)
-        result = circumstances(args) | measure(Path(folder), args)
+        job = prepare(Path(folder), args)
+        result = circumstances(job, args) | measure(Path(folder), args)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 

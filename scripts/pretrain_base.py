@@ -292,10 +292,11 @@ def card(facts: dict[str, Any]) -> str:
     return f"""# The embedded base
 
 A Llama of {facts["parameters"]:,} parameters ({facts["shape"]}), bfloat16, with a
-byte-level BPE tokenizer of its own (every digit is one token) and a chat template. Made for the quickstart and for tests: it knows Python's standard library and little else.
+byte-level BPE tokenizer of its own (every digit is one token) and a chat template. Made for the quickstart and for
+tests: it knows Python's standard library and little else.
 
-- Corpus: the standard library of Python {facts["python"]}: {facts["corpus_files"]:,} source files (tests included) without
-  site-packages and lib2to3, the prose of their docstrings, and pydoc's topics; SHA-256 of the texts
+- Corpus: the standard library of Python {facts["python"]}: {facts["corpus_files"]:,} source files, tests
+  included, without site-packages and lib2to3, the prose of their docstrings, and pydoc's topics; SHA-256 of the texts
   `{facts["corpus_sha256"][:16]}`. Python's licence (PSF) allows it.
 - Held out: every {HELD_OUT_EVERY}th file, whole, docstrings included.
 - Tokens seen: {facts["tokens_seen"]:,} in windows of {WINDOW}; {facts["seconds"]:,} s on two processor cores that

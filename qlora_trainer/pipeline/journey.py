@@ -9,7 +9,7 @@ from qlora_trainer.pipeline.ground import Ground, prepare
 from qlora_trainer.pipeline.ledger import Ledger
 from qlora_trainer.pipeline.measuring import Measured, MeasuredExport, Measuring
 from qlora_trainer.preflight import predict_peak_bytes
-from qlora_trainer.recipe import Recipe
+from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
 from qlora_trainer.runtime.device import seed_everything, set_threads
 from qlora_trainer.runtime.progress import Observer, Silent
@@ -21,9 +21,6 @@ from qlora_trainer.stages.merge import MergeSource
 from qlora_trainer.stages.train import TrainingInputs
 
 Until = Literal["quantize", "train", "evaluate", "merge", "export", "report"]
-
-SHAPING_SECTIONS = ("run.seed", "base_model", "quantization", "lora", "data", "training")
-"""Recipe sections that make the trained adapter what it is; a run's folder belongs to one choice of them."""
 
 
 def run(

@@ -18,10 +18,10 @@ from qlora_trainer.preflight.prediction import (
     training_load,
 )
 from qlora_trainer.preflight.room import Budget, free_memory
-from qlora_trainer.preflight.run_folder import require_own_folder
-from qlora_trainer.recipe import Data, Recipe
+from qlora_trainer.recipe import SHAPING_SECTIONS, Data, Recipe
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.runtime.memory import free_disk_bytes
+from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages import base_model, dataset
 from qlora_trainer.stages.dataset import TaskRows
 
@@ -68,7 +68,8 @@ def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
     else:
         _try_data_files(recipe.data, found)
     found.attempt(lambda: require_packages(recipe.evaluation.metrics))
-    found.attempt(lambda: require_own_folder(recipe))
+    folder_of_run = RunFolder(Path(recipe.run.folder) / recipe.run.name)
+    found.attempt(lambda: folder_of_run.require_own(recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS))
     if base is None or rows is None:
         return Preflight((), None, (), (), (), tuple(found.notes), tuple(found.problems))
     return _whole(recipe, base, rows, found)

@@ -76,7 +76,7 @@ class RunFolder:
             folder = cls(root)
             for parent in (folder.root, folder.exports, folder.checkpoints):
                 restore_all(parent)
-            folder._claim(json.loads(json.dumps(recipe)), shaping)
+            folder._claim(recipe, shaping)
             folder._write_environment()
             yield folder
 
@@ -203,9 +203,17 @@ class RunFolder:
     def _record_file(self, name: str) -> Path:
         return self.stages / f"{name}.json"
 
-    def _claim(self, recipe: Mapping[str, object], shaping: tuple[str, ...]) -> None:
-        """Writes recipe.yaml where the folder is free or this recipe's own."""
-        differing = _differences(self._former_recipe(), recipe) if self._has_results() else {}
+    def require_own(self, recipe: Mapping[str, object], *, shaping: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+        """Refuses a folder that holds results of another recipe; reads only. Arguments as for ``open``.
+
+        Returns:
+            Settings that differ and may, by dotted key: the value there and the value now.
+
+        Raises:
+            RunFolderError: tells each setting that differs and may not.
+        """
+        now = json.loads(json.dumps(recipe))
+        differing = _differences(self._former_recipe(), now) if self._has_results() else {}
         refused = {key: both for key, both in differing.items() if _is_below(key, shaping)}
         if refused:
             lines = "".join(f"\n  {key}: {was} there, {now} now" for key, (was, now) in refused.items())
@@ -213,9 +221,14 @@ class RunFolder:
                 f"{self.root} holds results of another recipe, {len(refused)} setting(s) differ:{lines}\n"
                 "Give this recipe another run.name, or delete that folder."
             )
-        for key, (was, now) in differing.items():
+        return differing
+
+    def _claim(self, recipe: Mapping[str, object], shaping: tuple[str, ...]) -> None:
+        """Writes recipe.yaml where the folder is free or this recipe's own."""
+        for key, (was, now) in self.require_own(recipe, shaping=shaping).items():
             logger.info("%s: %s was %s and is %s now", self.root, key, was, now)
-        write_text(self.recipe_yaml, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        plain = json.loads(json.dumps(recipe))
+        write_text(self.recipe_yaml, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
     def _has_results(self) -> bool:
         """Whether a stage was finished or training saved its state, under a recipe that is known."""

@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 def choose_layers(base: BaseCheckpoint, lora: Lora, *, trust_remote_code: bool = False) -> LinearLayers:
     """Which linear layers of the base are quantized and which get an adapter.
 
-    Every linear layer but the output head is quantized, as in the paper's experiments; the recipe says where adapters go.
+    Every linear layer but the output head is quantized, as in the paper; the recipe says where adapters go.
 
     Raises:
         RecipeError: a named target module does not occur in the model; lists the names that do.

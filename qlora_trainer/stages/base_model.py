@@ -99,7 +99,7 @@ def _download(source: BaseModelSource) -> Path:
         ) from error
     except (HfHubHTTPError, ValueError) as error:
         raise BaseModelError(
-            f"base_model.name: the hub has no model {place} for this login ({error}). Check the spelling, the revision, "
+            f"base_model.name: the hub has no model {place} for this login ({error}). Check spelling, revision, "
             "and `hf auth whoami` for gated models."
         ) from error
     return Path(found)

@@ -89,9 +89,10 @@ def test_a_layer_keeps_for_the_backward_pass_what_was_predicted(
     load = TrainingLoad(rank=8, compute_bytes=4 if dtype == "float32" else 2, has_dropout=dropout > 0)
     predicted = SMALL.layers * rows * tokens * footprint.saved_bytes_per_token(SMALL, load)
     saved = saved_bytes(wide_llama_folder, dtype=dtype, dropout=dropout, rows=rows, tokens=tokens)
-    # Not predicted, because they are the same for any number of layers or small: the last norm, rotary tables, softmax
-    # statistics; predicted but not kept: what depends on nothing trainable in the first layer.
-    assert saved == pytest.approx(predicted, rel=0.08)
+    # Nothing that the first layer's q, k and v read can be trained, so the noise of their dropout is not kept.
+    unneeded = 3 * 4 * rows * tokens * SMALL.hidden if dropout else 0
+    # 0.7 and 1.1 % more are kept than predicted: softmax and norm statistics, rotary tables.
+    assert saved == pytest.approx(predicted - unneeded, rel=0.015)
 
 
 def saved_bytes(folder: Path, *, dtype: str, dropout: float, rows: int, tokens: int) -> int:
@@ -161,7 +162,7 @@ def test_a_gpu_is_not_charged_for_the_heap_of_the_c_library() -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (4, 128), (8, None)])
-def test_an_export_is_predicted_to_the_byte_but_for_its_shapes(
+def test_an_export_is_predicted_up_to_the_width_of_its_scales(
     wide_llama_folder: Path, bits: int, group_size: int | None
 ) -> None:
     weight_format = CompressedTensors(bits=bits, group_size=group_size)
