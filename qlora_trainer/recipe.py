@@ -35,7 +35,12 @@ class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no conversion of types."""
 
     model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 
@@ -237,6 +242,12 @@ class Training(Section):
     def batch_size(self) -> int:
         """Rows in one optimizer step."""
         return self.micro_batch_size * self.gradient_accumulation_steps
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of a whole run on so many training rows, at least one."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, round((self.epochs or 0.0) * rows / self.batch_size))
 
 
 class EvaluationPlan(Section):

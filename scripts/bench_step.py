@@ -55,28 +55,49 @@ COMMANDS: Final = {
     "ours": [sys.executable, __file__, "--our-turn"],
     "peer": [sys.executable, str(Path(__file__).with_name("bench_peer.py"))],
 }
+RESULT: Final = ROOT / "scripts/results/bench_step.json"
 WARM_UP_STEPS: Final = 1
 TOLERANCES: Final = {"nats_per_token": 1e-3, "gradient_norm": 0.02}
-"""By how much the sides may differ in a step: in nats, and as a share of the norm, which the peer rounds to bfloat16."""
+"""By how much the sides may differ in a step: in nats, and as a share of the norm (the peer's is in bfloat16)."""
 QUIET_SPREAD: Final = 0.15
 """Step times that differ by more than this share of their median are pointed out: the machine was not quiet."""
-SHAPE: Final = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-SHAPE |= {"intermediate_size": 1536, "vocab_size": 49_152}
-QUICK_SHAPE: Final = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-QUICK_SHAPE |= {"intermediate_size": 128, "vocab_size": 4096}
-JOB: Final = {"window": 512, "micro_batch_size": 4, "rank": 16, "alpha": 32.0, "seed": 0}
-JOB |= {"learning_rate": 2e-4, "max_gradient_norm": 0.3, "optimizer": "paged_adamw_8bit"}
+CONFIGURATIONS: Final = {"with_checkpointing": True, "without_checkpointing": False}
+TOKEN_KINDS: Final = ("padded_tokens", "tokens", "label_tokens")
 
+Json = dict[str, Any]
+
+SHAPE: Final = {
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49_152,
+}
+QUICK_SHAPE: Final = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 4096,
+}
+JOB: Final[Json] = {
+    "window": 512,
+    "micro_batch_size": 4,
+    "rank": 16,
+    "alpha": 32.0,
+    "learning_rate": 2e-4,
+    "max_gradient_norm": 0.3,
+    "optimizer": "paged_adamw_8bit",
+    "seed": 0,
+}
 PEER: Final = (
     "trl.SFTTrainer on a transformers model loaded with BitsAndBytesConfig (NF4, double quantization, bfloat16), "
     "LoraConfig on all linear layers, dataset of input_ids and labels read in order; all else as TRL has it: bfloat16 "
     "autocast, bfloat16 adapters, sdpa with a padding mask, non-reentrant checkpointing, loss 'nll' in chunks (on a "
     "processor over all positions, not only the labelled ones)"
 )
-CONFIGURATIONS: Final = {"with_checkpointing": True, "without_checkpointing": False}
-TOKEN_KINDS: Final = ("padded_tokens", "tokens", "label_tokens")
-
-Json = dict[str, Any]
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> Json:
@@ -123,11 +144,13 @@ def run_ours(folder: Path, *, gradient_checkpointing: bool) -> Json:
 
 def adapted_model(folder: Path, job: Json) -> nn.Module:
     """The folder's model in NF4 with double quantization and adapters on all linear layers; quantizes it once."""
-    lora, settings = Lora(rank=job["rank"], alpha=job["alpha"]), Quantization(cache_folder=str(folder / "quantized"))
+    lora = Lora(rank=job["rank"], alpha=job["alpha"])
+    settings = Quantization(cache_folder=str(folder / "quantized"))
     base = BaseCheckpoint(folder=folder / "model", parameters=0, bytes=0)
     layers = choose_layers(base, lora)
     quantized = quantize(base, settings, lora=lora, layers=layers, content_key="random weights")
-    return adapt(quantized, lora, layers=layers, compute_dtype=settings.compute_dtype, seed=job["seed"]).train()
+    model: nn.Module = adapt(quantized, lora, layers=layers, compute_dtype=settings.compute_dtype, seed=job["seed"])
+    return model.train()
 
 
 def train(model: nn.Module, job: Json) -> list[Json]:
@@ -186,8 +209,7 @@ def figures(turns: list[Json]) -> Json:
     seconds = [step["seconds"] for step in measured]
     step_seconds = statistics.median(seconds)
     rates = {
-        f"{kind}_per_second": statistics.mean(step[kind] for step in measured) / step_seconds
-        for kind in ("padded_tokens", "tokens", "label_tokens")
+        f"{kind}_per_second": statistics.mean(step[kind] for step in measured) / step_seconds for kind in TOKEN_KINDS
     }
     return {
         "step_seconds": step_seconds,
@@ -203,20 +225,21 @@ def largest_differences(ours: list[Json], peer: list[Json]) -> dict[str, float]:
     """How far loss (in nats per label token) and gradient norm (as a share) lie apart, over all steps of all turns.
 
     Raises:
-        ValueError: the sides saw other tokens, or differ by more than rounding explains: they did not do the same work.
+        ValueError: in some step the sides saw other tokens, or differ by more than rounding explains.
     """
-    differences = dict.fromkeys(TOLERANCES, 0.0)
+    largest = dict.fromkeys(TOLERANCES, 0.0)
     for own, other in zip(all_steps(ours), all_steps(peer), strict=True):
-        changed = [kind for kind in (*TOKEN_KINDS, "token_id_sum") if own[kind] != other[kind]]
-        if changed:
-            raise ValueError(f"the sides saw other batches, which {', '.join(changed)} tell: {own} and {other}")
-        apart = {"nats_per_token": abs(own["nats_per_token"] - other["nats_per_token"])}
-        apart["gradient_norm"] = abs(own["gradient_norm"] / other["gradient_norm"] - 1)
-        differences = {name: max(differences[name], apart[name]) for name in TOLERANCES}
-    too_large = [name for name, tolerance in TOLERANCES.items() if not differences[name] <= tolerance]
-    if too_large:
-        raise ValueError(f"{', '.join(too_large)} of the sides differ by more than rounding explains: {differences}")
-    return differences
+        apart = {
+            "nats_per_token": abs(own["nats_per_token"] - other["nats_per_token"]),
+            "gradient_norm": abs(own["gradient_norm"] / other["gradient_norm"] - 1),
+        }
+        unequal = [kind for kind in (*TOKEN_KINDS, "token_id_sum") if own[kind] != other[kind]]
+        # Not "apart > tolerance", which is false where a side has NaN.
+        unequal += [name for name, tolerance in TOLERANCES.items() if not apart[name] <= tolerance]
+        if unequal:
+            raise ValueError(f"the sides did not do the same work, see {', '.join(unequal)}: ours {own}, peer {other}")
+        largest = {name: max(largest[name], apart[name]) for name in TOLERANCES}
+    return largest
 
 
 def all_steps(turns: list[Json]) -> list[Json]:
@@ -225,7 +248,7 @@ def all_steps(turns: list[Json]) -> list[Json]:
 
 
 def compare(turns: dict[str, list[Json]]) -> Json:
-    """Both sides' figures in one configuration, and peer / ours of time and memory."""
+    """Both sides' figures in one configuration, and how they compare."""
     sides = {side: figures(taken) for side, taken in turns.items()}
     ours, peer = sides["ours"], sides["peer"]
     return {
@@ -251,12 +274,11 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
 def circumstances(job: Json, args: argparse.Namespace) -> Json:
     """What the figures were measured with and on."""
     lengths = [len(token_ids) for token_ids in job["token_ids"]]
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": shlex.join(["python", "scripts/bench_step.py", *sys.argv[1:]]),
-        "commit": described.stdout.strip(),
+        "commit": commit,
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "environment": describe_environment() | {name: version(name) for name in ("trl", "accelerate")},
         "threads": args.threads,
@@ -300,16 +322,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side in each configuration")
     parser.add_argument("--steps", type=int, default=2, help="measured steps in a turn")
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts/results/bench_step.json")
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model: shows that the script works, measures nothing"
-    )
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script; needs --out")
     args = parser.parse_args()
     if args.our_turn:
         folder, result = args.our_turn
         turn = run_ours(folder, gradient_checkpointing=args.gradient_checkpointing)
         result.write_text(json.dumps(turn))
         return
+    if args.quick and args.out == RESULT:
+        parser.error("--quick measures a tiny model: give another file than the committed result with --out")
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("the peer needs trl: pip install -c constraints.txt -e '.[bench]'")
     with tempfile.TemporaryDirectory() as folder:

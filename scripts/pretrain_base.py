@@ -308,7 +308,8 @@ tests: it knows Python's standard library and little else.
 |---|---|---|
 {curve}
 
-The rate falls to zero at the end, hence the last drop. Licence of the weights: Apache-2.0.
+{facts.get("note", "")}
+The rate falls linearly to zero at the last token. Licence of the weights: Apache-2.0.
 """
 
 

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.preflight import Preflight, check, predict_peak_bytes, room
-from qlora_trainer.preflight.plan import planned_steps
-from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe, Training
+from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages import base_model, dataset
-from qlora_trainer.stages.train.loop import planned_steps as planned_steps_of_a_run
 
 GIB = 2**30
 
@@ -59,7 +57,7 @@ def test_a_recipe_that_can_run_has_no_problems(found: Preflight) -> None:
 
 def test_memory_is_predicted_for_training_and_for_the_16_bit_base(found: Preflight) -> None:
     assert [budget.purpose for budget in found.memory] == ["training", "evaluation"]
-    assert all(0.6 * GIB < budget.needed.total < 1 * GIB for budget in found.memory)
+    assert all(0.5 * GIB < budget.needed.total < 1 * GIB for budget in found.memory)
     assert all(budget.free_bytes == 64 * GIB for budget in found.memory)
 
 
@@ -121,23 +119,17 @@ def test_the_predicted_peak_of_a_run_is_that_of_the_check(found: Preflight, llam
 # One truth in two places: the pipeline's modules import torch, which `check` must not.
 
 
-@pytest.mark.parametrize("length", [{"max_steps": 7}, {"epochs": 2.0}, {"epochs": 0.01}, {"epochs": 1.5}])
-def test_the_planned_steps_are_those_of_a_run(length: dict[str, float]) -> None:
-    training = Training.model_validate(length)
-    assert planned_steps(training, 100) == planned_steps_of_a_run(training, 100)
-
-
 # Problems.
 
 
 def test_too_little_memory_is_a_problem_with_a_mend(
     here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_room(monkeypatch, memory=GIB // 2)
+    with_room(monkeypatch, memory=GIB * 45 // 100)
     training, evaluation = check(recipe(llama_folder)).problems
-    assert training.startswith("training needs about 0.6")
-    assert "0.50 GiB are free (memory of this machine). Lower training.micro_batch_size" in training
-    assert evaluation.startswith("evaluation needs about 0.6")
+    assert training.startswith("training needs about 0.5")
+    assert "0.45 GiB are free (memory of this machine). Lower training.micro_batch_size" in training
+    assert evaluation.startswith("evaluation needs about 0.5")
 
 
 def test_memory_that_is_only_just_enough_is_a_note(

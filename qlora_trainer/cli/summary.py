@@ -76,7 +76,7 @@ def _metric(stage: StageFigures, name: str) -> str:
     # BLEU has its own scale of 0 to 100; the others are shares.
     factor = 1 if name == "bleu" else 100
     bounds = stage.metric_intervals.get(name)
-    around = "" if bounds is None else f" {_interval((factor * bounds[0], factor * bounds[1]), digits=0)}"
+    around = "" if bounds is None else f" {_interval((factor * bounds[0], factor * bounds[1]), digits=1)}"
     return f"{factor * stage.metrics[name]:.1f}{around}"
 
 
@@ -88,8 +88,9 @@ def _judged(export: ExportFigures | None) -> list[str]:
     if export.gain_kept is None or export.interval is None:
         return [verified, NOTHING]
     low, high = (100 * bound for bound in export.interval)
-    return [verified, f"{100 * export.gain_kept:.1f} % {_interval((low, high), digits=0)}"]
+    return [verified, f"{100 * export.gain_kept:.1f} % {_interval((low, high), digits=1)}"]
 
 
 def _interval(bounds: Interval, *, digits: int) -> str:
-    return f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+    # Without a blank, so that a narrow terminal breaks the line before the interval and not inside it.
+    return f"[{bounds[0]:.{digits}f},{bounds[1]:.{digits}f}]"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from qlora_trainer.cli.screen import duration, printable, size, write
 from qlora_trainer.runtime.progress import Observer, TrainingProgress
@@ -66,7 +66,6 @@ class LiveWatch:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}", markup=False),
-            TimeElapsedColumn(),
             console=console,
             transient=True,
         )

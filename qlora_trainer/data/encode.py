@@ -89,7 +89,7 @@ def encode_chat(examples: Sequence[Example], tokenizer: TextTokenizer) -> list[E
         BaseModelError: there is no chat template.
     """
     chats = _cut_chats(examples, tokenizer)
-    beginnings = tokenizer.locate_batch([chat.beginning for chat in chats])
+    beginnings = _encode_beginnings(chats, tokenizer)
     answers = tokenizer.locate_continuations([chat.answer for chat in chats])
     stops = tokenizer.stop_ids
     return [
@@ -188,6 +188,14 @@ def _cut_chat(chat: RenderedChat, start: str) -> _CutChat:
         answer_spans=((0, end - cut),) if has_answer else (),
         other_start=None if starts_so else start,
     )
+
+
+def _encode_beginnings(chats: Sequence[_CutChat], tokenizer: TextTokenizer) -> list[TokenizedText]:
+    """What stands before the last answers; tokens are located only where earlier answers are trained too."""
+    texts = [chat.beginning for chat in chats]
+    if any(chat.earlier_spans for chat in chats):
+        return tokenizer.locate_batch(texts)
+    return [TokenizedText(token_ids, []) for token_ids in tokenizer.encode_batch(texts)]
 
 
 def _labels(text: TokenizedText, spans: Sequence[Span], stop_ids: Collection[int]) -> list[int]:

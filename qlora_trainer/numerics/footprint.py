@@ -18,15 +18,16 @@ OUTER_BLOCK_SIZE = 256
 """Absmax values that share one float32 constant under double quantization; also the 8-bit optimizers' block."""
 SMALLEST_8BIT_TENSOR = 4096
 """bitsandbytes keeps float32 optimizer state for tensors with fewer values."""
-LIBRARIES_BYTES = 640 * 2**20
-"""Interpreter, torch, transformers, peft and bitsandbytes, imported and used once, on a CPU: 0.5 to 0.6 GiB resident;
+LIBRARIES_BYTES = 512 * 2**20
+"""Interpreter, torch, transformers, peft and bitsandbytes, imported and used once, on a CPU: 0.45 to 0.5 GiB resident;
 a CUDA context takes as much of the device."""
-CPU_ALLOCATOR_SHARE = 1.0
+CPU_ALLOCATOR_SHARE = 1.5
 """Freed memory that the C library keeps, as a share of what a step allocates and frees.
 
-Its heap cannot return a free block below a used one. Resident peaks of a 135M-parameter Llama shape lay between 0.5 and
-1.9 times the step's own memory above what was live, by batch, type and checkpointing (glibc 2.36). On a CUDA
-device torch's caching allocator keeps far less."""
+Its heap cannot return a free block below a used one. For a 135M-parameter Llama shape the resident peak lay above
+what was live by 0.5 to 1.9 times the step's own memory, by batch, type and checkpointing (glibc 2.36). With
+``MALLOC_MMAP_THRESHOLD_=65536`` it lay above by nothing, and a step took half as long again. On a CUDA device
+torch's caching allocator keeps far less."""
 
 KEPT_BY_ALLOCATOR = "freed, kept by the allocator"
 """Name of the item that ``CPU_ALLOCATOR_SHARE`` gives."""
@@ -101,7 +102,7 @@ class Footprint:
 
 
 def training_memory(shape: ModelShape, load: TrainingLoad) -> Footprint:
-    """Peak memory of training, estimated from above: items whose peaks do not coincide are added up all the same."""
+    """Peak memory of training, item by item; items whose peaks do not coincide are added up all the same."""
     sizes = adapter_tensor_sizes(shape, load)
     of_a_step = {
         "gradients (float32)": 4 * sum(sizes),
@@ -269,5 +270,6 @@ def _workspace_bytes(shape: ModelShape, load: TrainingLoad) -> int:
     workspace = 2 * load.compute_bytes * largest
     if load.use_dora:
         # The norm of W + s B A: both in float32, and B A as A B applied to an identity matrix (peft).
-        workspace += max(4 * (3 * rows * columns + columns**2) for rows, columns in load.adapted(shape).values())
+        sizes = load.adapted(shape).values()
+        workspace += max((4 * (3 * rows * columns + columns**2) for rows, columns in sizes), default=0)
     return workspace

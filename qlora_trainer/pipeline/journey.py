@@ -14,6 +14,7 @@ from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunRe
 from qlora_trainer.runtime.device import seed_everything, set_threads
 from qlora_trainer.runtime.progress import Observer, Silent
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
+from qlora_trainer.runtime.run_log import logged_to
 from qlora_trainer.runtime.tracking import Tracker
 from qlora_trainer.stages import dataset, evaluate, export, merge, quantize, report, train
 from qlora_trainer.stages.evaluate import Subject, Teacher
@@ -44,7 +45,10 @@ def run(
     seed_everything(recipe.run.seed)
     ground = prepare(recipe, trust_remote_code=trust_remote_code)
     root = Path(recipe.run.folder) / recipe.run.name
-    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder:
+    with (
+        RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
+        logged_to(folder.log),
+    ):
         journey = Journey(recipe, ground, folder, observer or Silent(), trust_remote_code=trust_remote_code)
         try:
             return journey.travel(until)

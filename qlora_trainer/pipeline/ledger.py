@@ -4,6 +4,7 @@ A record is keyed by everything its result depends on. Running a recipe again re
 is missing, which is also how an interrupted run goes on.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ class Took:
     """Wall-clock seconds of a finished stage, kept beside its record so that a resumed run can add them up."""
 
     seconds: float
+
+
+logger = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -60,7 +64,9 @@ class Ledger:
         if found is not None and took is not None:
             self.seconds += took.seconds
             self.observer.stage_done(name, describe(found), seconds=took.seconds, reused=True)
+            logger.info("%s: reused", name)
             return found
+        logger.info("%s: started", name)
         began = time.monotonic()
         record = make()
         took = Took(seconds=time.monotonic() - began)
@@ -68,6 +74,7 @@ class Ledger:
         self.folder.save_record(f"{file}.took", key, took)
         self.seconds += took.seconds
         self.did_work = True
+        logger.info("%s: %s (%.1f s)", name, describe(record), took.seconds)
         self.observer.stage_done(name, describe(record), seconds=took.seconds, reused=False)
         return record
 

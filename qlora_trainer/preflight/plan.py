@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_trainer.numerics.footprint import adapter_tensor_sizes
 from qlora_trainer.numerics.model_shape import ModelShape
 from qlora_trainer.preflight.prediction import training_load
-from qlora_trainer.recipe import Recipe, Training
+from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.stages.dataset import TaskRows
 
@@ -17,13 +17,6 @@ class PlannedStage:
 
     name: str
     text: str
-
-
-def planned_steps(training: Training, rows: int) -> int:
-    """Optimizer steps of the whole run."""
-    if training.max_steps is not None:
-        return training.max_steps
-    return max(1, round((training.epochs or 0.0) * rows / training.batch_size))
 
 
 def plan(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, shape: ModelShape | None) -> tuple[PlannedStage, ...]:
@@ -59,7 +52,7 @@ def _measured(recipe: Recipe, rows: TaskRows) -> str:
 
 def _training(recipe: Recipe, rows: TaskRows, shape: ModelShape | None) -> str:
     training = recipe.training
-    steps = planned_steps(training, len(rows.train))
+    steps = training.steps(len(rows.train))
     epochs = steps * training.batch_size / len(rows.train)
     tokens = sum(len(row.token_ids) for row in rows.train)
     labels = sum(row.label_count for row in rows.train)

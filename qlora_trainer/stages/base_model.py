@@ -68,6 +68,8 @@ def _config_problems(folder: Path, *, trust_remote_code: bool) -> list[str]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         return [f"config.json is not readable JSON: {error}"]
+    if not isinstance(config, dict):
+        return [f"config.json holds a {type(config).__name__}, not an object"]
     problems = []
     architectures = config.get("architectures") or []
     if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):

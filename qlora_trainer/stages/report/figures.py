@@ -42,7 +42,7 @@ def compose(*, measurements: Measurements, circumstances: Circumstances, resampl
         _export(export, evaluations, fidelity=measured.fidelity, gap=gap, resampling=resampling)
         for export in measured.exports
     )
-    choice = choose(exports)
+    choice = choose(exports, stages)
     base_bits = int(measured.quantized.bits_per_parameter)
     peak_bytes = max(measured.trained.peak_bytes, *(stage.peak_bytes for stage in stages))
     expected = circumstances.expected

@@ -11,6 +11,11 @@ BASE, QUANTIZED, TRAINED = "base_16bit", "quantized_base", "adapter_unmerged"
 EXPORT_PREFIX = "export:"
 
 
+def stage_of(export_format: str) -> str:
+    """Name of the stage that measured an export."""
+    return f"{EXPORT_PREFIX}{export_format}"
+
+
 @dataclass(frozen=True)
 class Measurements:
     """Everything that was measured, on the same test rows in the same order.

@@ -52,13 +52,6 @@ class LoopInputs:
     observer: Observer
 
 
-def planned_steps(settings: Training, rows: int) -> int:
-    """Optimizer steps of the whole run."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    return max(1, round((settings.epochs or 0.0) * rows / settings.batch_size))
-
-
 def run_steps(
     model: nn.Module, settings: Training, inputs: LoopInputs, *, trainable: dict[str, nn.Parameter]
 ) -> Progress:
@@ -95,7 +88,7 @@ class _Loop:
         self, model: nn.Module, settings: Training, inputs: LoopInputs, trainable: dict[str, nn.Parameter]
     ) -> None:
         self.model, self.settings, self.inputs, self.trainable = model, settings, inputs, trainable
-        self.steps = planned_steps(settings, len(inputs.rows))
+        self.steps = settings.steps(len(inputs.rows))
         self.world = World.current()
         self.lengths = tuple(len(row.token_ids) for row in inputs.rows)
         self.plan = BatchPlan(

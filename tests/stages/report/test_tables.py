@@ -60,7 +60,7 @@ def test_generation_speed_is_shown_where_something_was_generated(report: RunRepo
 
 def test_the_recommended_file_is_marked_in_the_table_of_exports(report: RunReport) -> None:
     marked = [cell.text for cell in column(exports_table(report), "Format") if cell.note == "recommended"]
-    assert marked == ["bitsandbytes_nf4"]
+    assert marked == ["compressed_tensors_w8a16"]
 
 
 def test_layers_stand_from_the_most_distorted_on(measurements: Measurements) -> None:

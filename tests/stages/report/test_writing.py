@@ -14,7 +14,7 @@ def test_three_files_are_written_and_nothing_else(
     write(tmp_path, report, measurements=measurements, notes=notes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     for path in tmp_path.iterdir():
-        assert "98.9" in path.read_text("utf-8")
+        assert "compressed_tensors_w8a16" in path.read_text("utf-8")
 
 
 def test_writing_again_gives_the_same_bytes(
