@@ -71,7 +71,10 @@ class RunFolder:
                 works in it, or it cannot be written.
         """
         with explained(root / "recipe.yaml"):
-            root.mkdir(parents=True, exist_ok=True)
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:
+                raise RunFolderError(f"{root}: no folder can be made there. Choose another run.folder.") from error
         with _locked(root):
             folder = cls(root)
             for parent in (folder.root, folder.exports, folder.checkpoints):

@@ -4,6 +4,7 @@
 must remember.
 """
 
-from qlora_trainer.stages.train.whole import TrainingInputs, train
+from qlora_trainer.stages.train.inputs import TrainingInputs
+from qlora_trainer.stages.train.whole import train
 
 __all__ = ["TrainingInputs", "train"]

@@ -5,61 +5,33 @@ function of the step number (rows, learning rate), so a resumed run takes the sa
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from qlora_trainer.data.batches import Batch, BatchPlan, collate, training_micro_batches
-from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.errors import Interrupted, RunFolderError, TrainingError
 from qlora_trainer.numerics.schedule import learning_rate_scale
-from qlora_trainer.recipe import Training
+from qlora_trainer.recipe import Recipe
 from qlora_trainer.runtime import bnb, checkpoint
 from qlora_trainer.runtime.device import World, allocated_bytes
 from qlora_trainer.runtime.interruption import StopRequest, stop_requests
 from qlora_trainer.runtime.memory import resident_bytes
-from qlora_trainer.runtime.progress import Observer, TrainingProgress
-from qlora_trainer.runtime.tracking import Tracker
+from qlora_trainer.runtime.progress import TrainingProgress
+from qlora_trainer.stages.train.inputs import TrainingInputs
 from qlora_trainer.stages.train.progress import Progress
 from qlora_trainer.stages.train.step import StepResult, optimizer_step
 
 
-@dataclass(frozen=True)
-class LoopInputs:
-    """What the loop works on and whom it tells.
-
-    Attributes:
-        rows: training rows.
-        pad_id: token that fills short rows of a batch.
-        seed: of the row order.
-        checkpoints: folder of the checkpoints.
-        recipe_key: fingerprint of all that shapes the training.
-        validate: gives nats per label token on the validation rows; may switch the model to eval mode.
-        tracker: gets metrics.
-        observer: gets progress.
-    """
-
-    rows: Sequence[EncodedRow]
-    pad_id: int
-    seed: int
-    checkpoints: Path
-    recipe_key: str
-    validate: Callable[[nn.Module], float]
-    tracker: Tracker
-    observer: Observer
-
-
 def run_steps(
-    model: nn.Module, settings: Training, inputs: LoopInputs, *, trainable: dict[str, nn.Parameter]
+    model: nn.Module, recipe: Recipe, inputs: TrainingInputs, *, trainable: dict[str, nn.Parameter]
 ) -> Progress:
     """Trains ``trainable`` in place, from the newest checkpoint where there is one, to the last step.
 
     Args:
         model: the adapted model; changed in place and left in eval mode.
-        settings: the recipe's training section.
+        recipe: its training section and ``run.seed``.
         inputs: rows, folders, callbacks.
         trainable: the adapter's parameters by name; only they are stepped and saved.
 
@@ -71,7 +43,7 @@ def run_steps(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         RunFolderError: the checkpoints belong to another recipe, or the disk is full.
     """
-    loop = _Loop(model, settings, inputs, trainable)
+    loop = _Loop(model, recipe, inputs, trainable)
     loop.resume()
     with stop_requests() as stop:
         while loop.progress.step < loop.steps:
@@ -85,8 +57,9 @@ class _Loop:
     """The loop's state: model, optimizer, counters."""
 
     def __init__(
-        self, model: nn.Module, settings: Training, inputs: LoopInputs, trainable: dict[str, nn.Parameter]
+        self, model: nn.Module, recipe: Recipe, inputs: TrainingInputs, trainable: dict[str, nn.Parameter]
     ) -> None:
+        settings = recipe.training
         self.model, self.settings, self.inputs, self.trainable = model, settings, inputs, trainable
         self.steps = settings.steps(len(inputs.rows))
         self.world = World.current()
@@ -94,7 +67,7 @@ class _Loop:
         self.plan = BatchPlan(
             micro_batch_size=settings.micro_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            seed=inputs.seed,
+            seed=recipe.run.seed,
         )
         self.optimizer = bnb.make_optimizer(
             settings.optimizer,

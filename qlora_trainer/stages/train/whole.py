@@ -1,12 +1,7 @@
 """Training as one stage: the loop, and the adapter on disk that comes of it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
 from torch import nn
 
-from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.errors import TrainingError
 from qlora_trainer.formats.peft_adapter import AdapterSettings, factors_of, write
 from qlora_trainer.recipe import Lora, Recipe
@@ -15,39 +10,9 @@ from qlora_trainer.runners.causal_lm import set_checkpointing
 from qlora_trainer.runtime.atomic import writing_folder
 from qlora_trainer.runtime.device import peak_allocated_bytes, reset_peak_allocated
 from qlora_trainer.runtime.memory import PeakMemory
-from qlora_trainer.runtime.progress import Observer
-from qlora_trainer.runtime.tracking import Tracker
-from qlora_trainer.stages.train.loop import LoopInputs, run_steps
+from qlora_trainer.stages.train.inputs import TrainingInputs
+from qlora_trainer.stages.train.loop import run_steps
 from qlora_trainer.stages.train.progress import Progress
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """What training works on, where it leaves things, and whom it tells.
-
-    Attributes:
-        rows: training rows.
-        pad_id: token that fills short rows of a batch.
-        checkpoints: folder of the checkpoints.
-        adapter: folder for the finished adapter in PEFT format.
-        base_name: model that the adapter belongs on, written into its config.
-        recipe_key: fingerprint of all that shapes the training.
-        predicted_peak_bytes: what ``check`` predicted.
-        validate: gives nats per label token on the validation rows.
-        tracker: gets metrics.
-        observer: gets progress.
-    """
-
-    rows: Sequence[EncodedRow]
-    pad_id: int
-    checkpoints: Path
-    adapter: Path
-    base_name: str
-    recipe_key: str
-    predicted_peak_bytes: int
-    validate: Callable[[nn.Module], float]
-    tracker: Tracker
-    observer: Observer
 
 
 def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAdapter:
@@ -56,18 +21,8 @@ def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAd
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     set_checkpointing(model, wanted=recipe.training.gradient_checkpointing)
     reset_peak_allocated(device)
-    loop_inputs = LoopInputs(
-        rows=inputs.rows,
-        pad_id=inputs.pad_id,
-        seed=recipe.run.seed,
-        checkpoints=inputs.checkpoints,
-        recipe_key=inputs.recipe_key,
-        validate=inputs.validate,
-        tracker=inputs.tracker,
-        observer=inputs.observer,
-    )
     with PeakMemory() as memory:
-        progress = run_steps(model, recipe.training, loop_inputs, trainable=trainable)
+        progress = run_steps(model, recipe, inputs, trainable=trainable)
     set_checkpointing(model, wanted=False)
     with writing_folder(inputs.adapter) as partial:
         write(partial, factors_of(model), _settings(recipe.lora, inputs.base_name))
