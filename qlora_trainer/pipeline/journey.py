@@ -158,11 +158,18 @@ class Journey:
 
     def merge(self, source: MergeSource, quantized: QuantizedModel) -> MergedModel:
         """The merged 16-bit folder."""
+        data_type = self.recipe.merge.data_type
+
+        def carry_out() -> MergedModel:
+            needed = self.ground.base.parameters * (4 if data_type == "float32" else 2)
+            self.folder.require_free_disk(needed, "the merged model")
+            return merge.merge(source, self.folder.merged, data_type=data_type)
+
         return self.ledger.once(
             "merge",
             self.merge_key(quantized),
             MergedModel,
-            make=lambda: merge.merge(source, self.folder.merged, data_type=self.recipe.merge.data_type),
+            make=carry_out,
             describe=lambda record: f"into the {record.into} base, {record.bytes / 2**20:.1f} MiB",
         )
 
