@@ -68,6 +68,7 @@ class QuantizedModel:
     Attributes:
         folder: holds config.json with its quantization_config, and *.safetensors.
         key: of base content and settings; the folder's name in the cache.
+        bits: of a quantized weight, constants not counted.
         layers: distortion of each quantized matrix.
         bits_per_parameter: stored bits over parameters, of the quantized matrices only.
         bytes: size of the safetensors files.
@@ -77,6 +78,7 @@ class QuantizedModel:
 
     folder: Path
     key: str
+    bits: int
     layers: tuple[LayerDistortion, ...]
     bits_per_parameter: float
     bytes: int

@@ -57,8 +57,13 @@ COMMANDS: Final = {
 }
 RESULT: Final = ROOT / "scripts/results/bench_step.json"
 WARM_UP_STEPS: Final = 1
-TOLERANCES: Final = {"nats_per_token": 1e-3, "gradient_norm": 0.02}
-"""By how much the sides may differ in a step: in nats, and as a share of the norm (the peer's is in bfloat16)."""
+TOLERANCES: Final = {"nats_before_training": 1e-4, "nats_while_training": 5e-3, "gradient_norm": 0.01}
+"""By how much the sides may differ in a step: nats per label token, and a share of the norm.
+
+Before the first update only rounding tells the sides apart; 1e-5 nats were measured. After it the peer's adapters are
+rounded to bfloat16 and ours are not. After two steps, in which the loss fell by 0.29 nats, the sides were 2.2e-3 apart;
+with our adapters rounded as well, 1.0e-3. The peer gives its gradient norm in bfloat16.
+"""
 QUIET_SPREAD: Final = 0.15
 """Step times that differ by more than this share of their median are pointed out: the machine was not quiet."""
 CONFIGURATIONS: Final = {"with_checkpointing": True, "without_checkpointing": False}
@@ -221,39 +226,36 @@ def figures(turns: list[Json]) -> Json:
     }
 
 
-def largest_differences(ours: list[Json], peer: list[Json]) -> dict[str, float]:
-    """How far loss (in nats per label token) and gradient norm (as a share) lie apart, over all steps of all turns.
+def differences(ours: Json, peer: Json) -> dict[str, float]:
+    """The largest differences of losses and gradient norms in one turn of each side.
 
     Raises:
         ValueError: in some step the sides saw other tokens, or differ by more than rounding explains.
     """
     largest = dict.fromkeys(TOLERANCES, 0.0)
-    for own, other in zip(all_steps(ours), all_steps(peer), strict=True):
+    for number, (own, other) in enumerate(zip(ours["steps"], peer["steps"], strict=True)):
+        nats = "nats_while_training" if number else "nats_before_training"
         apart = {
-            "nats_per_token": abs(own["nats_per_token"] - other["nats_per_token"]),
+            nats: abs(own["nats_per_token"] - other["nats_per_token"]),
             "gradient_norm": abs(own["gradient_norm"] / other["gradient_norm"] - 1),
         }
         unequal = [kind for kind in (*TOKEN_KINDS, "token_id_sum") if own[kind] != other[kind]]
-        # Not "apart > tolerance", which is false where a side has NaN.
-        unequal += [name for name, tolerance in TOLERANCES.items() if not apart[name] <= tolerance]
+        # Not "difference > tolerance", which is false where a side has NaN.
+        unequal += [name for name, difference in apart.items() if not difference <= TOLERANCES[name]]
         if unequal:
             raise ValueError(f"the sides did not do the same work, see {', '.join(unequal)}: ours {own}, peer {other}")
-        largest = {name: max(largest[name], apart[name]) for name in TOLERANCES}
+        largest |= {name: max(largest[name], difference) for name, difference in apart.items()}
     return largest
-
-
-def all_steps(turns: list[Json]) -> list[Json]:
-    """The steps of all turns, warm-up included."""
-    return [step for turn in turns for step in turn["steps"]]
 
 
 def compare(turns: dict[str, list[Json]]) -> Json:
     """Both sides' figures in one configuration, and how they compare."""
     sides = {side: figures(taken) for side, taken in turns.items()}
     ours, peer = sides["ours"], sides["peer"]
+    apart = [differences(*pair) for pair in zip(turns["ours"], turns["peer"], strict=True)]
     return {
         **sides,
-        "largest_differences": largest_differences(turns["ours"], turns["peer"]),
+        "largest_differences": {name: max(found[name] for found in apart) for name in TOLERANCES},
         "times_as_fast": peer["step_seconds"] / ours["step_seconds"],
         "share_of_peer_memory": ours["peak_bytes"] / peer["peak_bytes"],
     }
@@ -266,6 +268,9 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
         turn = take_turn(side, folder, gradient_checkpointing=wanted, threads=args.threads)
         print(f"{side}, checkpointing {wanted}: {[round(step['seconds'], 2) for step in turn['steps']]} s", flush=True)
         turns[wanted][side].append(turn)
+        if side == "peer":
+            # Now already, because the whole takes minutes.
+            differences(turns[wanted]["ours"][-1], turn)
     result = {configuration: compare(turns[wanted]) for configuration, wanted in CONFIGURATIONS.items()}
     largest_spread = max(compared[side]["spread"] for compared in result.values() for side in COMMANDS)
     return {"was_quiet": largest_spread <= QUIET_SPREAD, "largest_spread": largest_spread} | result
@@ -321,7 +326,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "recipes/quickstart/base", help="its folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side in each configuration")
-    parser.add_argument("--steps", type=int, default=2, help="measured steps in a turn")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps in a turn")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script; needs --out")
     args = parser.parse_args()

@@ -81,6 +81,7 @@ def quantize(
         record = QuantizedModel(
             folder=folder,
             key=key,
+            bits=work.weight_format.bits,
             layers=tuple(work.distortions),
             bits_per_parameter=work.bits_per_parameter,
             bytes=size,

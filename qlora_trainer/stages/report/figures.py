@@ -43,14 +43,13 @@ def compose(*, measurements: Measurements, circumstances: Circumstances, resampl
         for export in measured.exports
     )
     choice = choose(exports, stages)
-    base_bits = int(measured.quantized.bits_per_parameter)
     peak_bytes = max(measured.trained.peak_bytes, *(stage.peak_bytes for stage in stages))
     expected = circumstances.expected
     return RunReport(
         recipe=circumstances.recipe_text,
         status="failed" if lost or not all(export.verified for export in exports) else "complete",
         seconds=circumstances.seconds,
-        sentence=in_words(gap, stages=stages, exports=exports, choice=choice, base_bits=base_bits),
+        sentence=in_words(gap, stages=stages, exports=exports, choice=choice, base_bits=measured.quantized.bits),
         training=_training(measured.trained),
         stages=stages,
         gap=gap,

@@ -168,6 +168,7 @@ def measurements() -> Measurements:
         quantized=QuantizedModel(
             folder=Path("runs/quantized_bases/nf4-0123456789abcdef"),
             key="nf4-0123456789abcdef",
+            bits=4,
             layers=tuple(layers),
             bits_per_parameter=4.127,
             bytes=6_120_000,
