@@ -60,8 +60,8 @@ def step_table() -> str:
     lines += [
         "",
         f"Medians of {steps} steps on {result['threads']} threads; Llama shape with random weights, hidden "
-        f"{shape['hidden_size']}, {shape['num_hidden_layers']} layers, vocabulary {shape['vocab_size']:,}; gsm8k rows up "
-        f"to 512 tokens, 4 a step; losses and gradient norms of both sides agree to bfloat16 rounding. "
+        f"{shape['hidden_size']}, {shape['num_hidden_layers']} layers, vocabulary {shape['vocab_size']:,}; gsm8k rows "
+        f"up to 512 tokens, 4 a step; losses and gradient norms of both sides agree to bfloat16 rounding. "
         f"Peer: TRL {result['environment']['trl']}.",
     ]
     return "\n".join(lines)
