@@ -1,5 +1,8 @@
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_trainer.errors import BaseModelError, RunFolderError
 from qlora_trainer.runtime import atomic, weight_files
-from qlora_trainer.runtime.memory import PeakMemory, resident_bytes
 from qlora_trainer.runtime.weight_files import copy_companions, read_tensors, write_shards, write_tensors
 from qlora_trainer.runtime.weight_headers import read_headers
 
@@ -98,22 +100,35 @@ def test_a_value_that_is_not_finite_is_named_when_asked_for(tmp_path, value, dty
     assert dict(read_tensors(tmp_path, ["whole", "count"], check_finite=True)).keys() == {"whole", "count"}
 
 
+def memory_of(code: str, folder: Path) -> int:
+    """By how many bytes resident memory rises while ``code`` runs in a new process, where nothing was freed before."""
+    program = f"""
+from pathlib import Path
+import torch
+from qlora_trainer.runtime.memory import PeakMemory, resident_bytes
+from qlora_trainer.runtime.weight_files import read_tensors, write_shards
+MIB, folder = 2**20, Path({str(folder)!r})
+torch.ones(8).sum()
+with PeakMemory() as meter:
+    before = resident_bytes()
+    {code}
+print(meter.peak_bytes() - before)
+"""
+    return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
 def test_reading_takes_the_memory_of_one_tensor(tmp_path):
     write_shards(tmp_path, ((f"t{i}", torch.ones(4 * MIB)) for i in range(8)))
-    with PeakMemory() as meter:
-        before = resident_bytes()
-        total = sum(float(tensor.sum()) for _, tensor in read_tensors(tmp_path))
-    assert total == 32 * MIB
+    taken = memory_of("assert sum(float(tensor.sum()) for _, tensor in read_tensors(folder)) == 32 * MIB", tmp_path)
     # One tensor is 16 MiB, all are 128 MiB; the one that was yielded before is still held while the next is opened.
-    assert 8 * MIB < meter.peak_bytes() - before < 48 * MIB
+    assert 8 * MIB < taken < 48 * MIB
 
 
 def test_writing_takes_the_memory_of_one_shard(tmp_path):
-    before = resident_bytes()
-    with PeakMemory() as meter:
-        write_shards(tmp_path, ((f"t{i}", torch.ones(4 * MIB)) for i in range(8)), max_shard_bytes=32 * MIB)
+    tensors = "((f't{i}', torch.ones(4 * MIB)) for i in range(8))"
+    taken = memory_of(f"write_shards(folder, {tensors}, max_shard_bytes=32 * MIB)", tmp_path)
     # A shard is two tensors of 16 MiB; the next tensor is made before the shard is known to be full.
-    assert 32 * MIB < meter.peak_bytes() - before < 64 * MIB
+    assert 32 * MIB < taken < 64 * MIB
 
 
 def test_a_changed_tensor_does_not_change_the_file(tmp_path):
