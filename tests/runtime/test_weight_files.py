@@ -127,8 +127,9 @@ def test_reading_takes_the_memory_of_one_tensor(tmp_path):
 def test_writing_takes_the_memory_of_one_shard(tmp_path):
     tensors = "((f't{i}', torch.ones(4 * MIB)) for i in range(8))"
     taken = memory_of(f"write_shards(folder, {tensors}, max_shard_bytes=32 * MIB)", tmp_path)
-    # A shard is two tensors of 16 MiB; the next tensor is made before the shard is known to be full.
-    assert 32 * MIB < taken < 64 * MIB
+    # A shard is two tensors of 16 MiB; the next one is made before the shard is known to be full, and the allocator may
+    # hold on to one more: 48 or 64 MiB in six runs. All tensors together are 128 MiB.
+    assert 32 * MIB < taken < 80 * MIB
 
 
 def test_a_changed_tensor_does_not_change_the_file(tmp_path):
