@@ -41,8 +41,8 @@ class EncodedRow:
     @property
     def label_count(self) -> int:
         """Tokens that the loss is taken on; the first token is predicted from nothing and never counts."""
-        predicted = self.labels[1:]
-        return len(predicted) - predicted.count(IGNORE_INDEX)
+        trained = len(self.labels) - self.labels.count(IGNORE_INDEX)
+        return trained - 1 if trained and self.labels[0] != IGNORE_INDEX else trained
 
 
 def encode_text(
@@ -204,8 +204,8 @@ def _labels(text: TokenizedText, spans: Sequence[Span], stop_ids: Collection[int
     labels = [IGNORE_INDEX] * len(ids)
     for span in spans:
         begin, end = (bisect_left(text.begins, character) for character in span)
-        stops = [position for position in range(begin, end) if ids[position] in stop_ids]
-        end = stops[-1] + 1 if stops else end
+        # From the end, where a stop token nearly always stands.
+        end = next((position + 1 for position in range(end - 1, begin - 1, -1) if ids[position] in stop_ids), end)
         labels[begin:end] = ids[begin:end]
     return labels
 

@@ -109,12 +109,13 @@ def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, found: _Finding
         )
     else:
         room = free_memory()
+        load = training_load(recipe, rows, room.device)
         memory = tuple(
             Budget(purpose, needed, room.free_bytes, room.place)
-            for purpose, needed in memory_predictions(recipe, shape, rows, room.device).items()
+            for purpose, needed in memory_predictions(recipe, shape, rows, load).items()
         )
         root = Path(recipe.run.folder) / recipe.run.name
-        needed = disk_prediction(recipe, shape, training_load(recipe, rows, room.device))
+        needed = disk_prediction(recipe, shape, load)
         # What an earlier part of the run has written makes room for its successor.
         free = free_disk_bytes(root) + _written_bytes(root)
         disk = Budget("the run", needed, free, f"disk of {recipe.run.folder}")

@@ -51,9 +51,7 @@ def training_load(recipe: Recipe, rows: TaskRows, device: Literal["cpu", "cuda"]
     )
 
 
-def memory_predictions(
-    recipe: Recipe, shape: ModelShape, rows: TaskRows, device: Literal["cpu", "cuda"]
-) -> dict[str, Footprint]:
+def memory_predictions(recipe: Recipe, shape: ModelShape, rows: TaskRows, load: TrainingLoad) -> dict[str, Footprint]:
     """Peak memory of the two stages that need most: training, and evaluating the unquantized base."""
     longest, positions = _widest(rows.test)
     new_tokens = recipe.evaluation.max_new_tokens if recipe.evaluation.metrics else 0
@@ -64,7 +62,7 @@ def memory_predictions(
         row_tokens=longest + new_tokens,
         label_positions=positions,
     )
-    return {"training": training_memory(shape, training_load(recipe, rows, device)), "evaluation": evaluation}
+    return {"training": training_memory(shape, load), "evaluation": evaluation}
 
 
 def disk_prediction(recipe: Recipe, shape: ModelShape, load: TrainingLoad) -> Footprint:
