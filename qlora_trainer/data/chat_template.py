@@ -145,6 +145,8 @@ class GenerationBlocks(Extension):
 
 
 def _without_marks(marked: str) -> RenderedChat:
+    if SPAN_BEGINS not in marked and SPAN_ENDS not in marked:
+        return RenderedChat(marked, ())
     pieces = SPAN_MARKS.split(marked)
     if SPAN_MARKS.findall(marked) != [SPAN_BEGINS, SPAN_ENDS] * (len(pieces) // 2):
         raise DataError(
