@@ -212,3 +212,9 @@ def test_every_kind_of_base_and_adapter_goes_the_whole_way(
     report = pipeline.run(recipe)
     assert report is not None
     assert all(export.verified for export in report.exports), [export.verification for export in report.exports]
+    config = json.loads((tmp_path / "runs/tiny/exports/peft_adapter/adapter_config.json").read_text())
+    base = Path(config["base_model_name_or_path"])
+    if lora.get("init") == "pissa":
+        assert base.parent == tmp_path / "quantized"
+    else:
+        assert base == llama_folder

@@ -135,7 +135,7 @@ class Journey:
         key = self.training_key(quantized)
 
         def carry_out() -> TrainedAdapter:
-            trained = train.train(adapted.fresh(), self.recipe, self._training_inputs(key))
+            trained = train.train(adapted.fresh(), self.recipe, self._training_inputs(key, quantized))
             adapted.became_trained(trained.folder)
             return trained
 
@@ -298,14 +298,17 @@ class Journey:
         )
         self.tracker.artifact("adapter", trained.folder, "adapter")
 
-    def _training_inputs(self, key: str) -> TrainingInputs:
+    def _training_inputs(self, key: str, quantized: QuantizedModel) -> TrainingInputs:
         rows = self.ground.rows
+        original = self.recipe.base_model.name or str(self.ground.base.folder)
+        # PiSSA takes the principal part out of the base before quantizing: the adapter belongs on what was left.
+        base_name = str(quantized.folder) if self.recipe.lora.init == "pissa" else original
         return TrainingInputs(
             rows=rows.train,
             pad_id=rows.pad_id,
             checkpoints=self.folder.checkpoints,
             adapter=self.folder.adapter,
-            base_name=self.recipe.base_model.name or str(self.ground.base.folder),
+            base_name=base_name,
             recipe_key=key,
             predicted_peak_bytes=predict_peak_bytes(self.recipe, self.ground.base, rows),
             validate=self.measuring.validation_nats,
