@@ -21,7 +21,7 @@ from qlora_trainer.records import (
 from qlora_trainer.stages.report.choice import choose
 from qlora_trainer.stages.report.expectations import compare, not_measured
 from qlora_trainer.stages.report.gap import compute_gap, gain_kept, why_no_gain
-from qlora_trainer.stages.report.inputs import EXPORT_PREFIX, QUANTIZED, TRAINED, Circumstances, Measurements
+from qlora_trainer.stages.report.inputs import QUANTIZED, TRAINED, Circumstances, Measurements, stage_of
 from qlora_trainer.stages.report.sentence import in_words
 
 
@@ -66,7 +66,7 @@ def _set_apart_unmeasured(measurements: Measurements) -> tuple[Measurements, tup
     """What was measured whole, and one sentence for each stage and export that was not."""
     evaluations = tuple(evaluation for evaluation in measurements.evaluations if _is_finite(evaluation, measurements))
     names = {evaluation.stage for evaluation in evaluations} & {*measurements.fidelity}
-    exports = tuple(export for export in measurements.exports if f"{EXPORT_PREFIX}{export.format}" in names)
+    exports = tuple(export for export in measurements.exports if stage_of(export.format) in names)
     lost = [
         f"{evaluation.stage}: its loss or its distance to the trained model is not a finite number."
         for evaluation in measurements.evaluations
@@ -111,7 +111,7 @@ def _export(
     gap: Gap,
     resampling: Resampling,
 ) -> ExportFigures:
-    stage = f"{EXPORT_PREFIX}{export.format}"
+    stage = stage_of(export.format)
     kept = gain_kept(
         evaluations[stage], quantized=evaluations[QUANTIZED], trained=evaluations[TRAINED], resampling=resampling
     )

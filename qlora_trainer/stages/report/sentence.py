@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from qlora_trainer.records import Choice, ExportFigures, Gap, StageFigures
 from qlora_trainer.stages.report.choice import BAR
-from qlora_trainer.stages.report.inputs import BASE, EXPORT_PREFIX, QUANTIZED, TRAINED
+from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of
 from qlora_trainer.stages.report.wording import percent, significant
 
 
@@ -76,7 +76,7 @@ def _exact(stages: Mapping[str, StageFigures], choice: Choice | None) -> str:
     if before is None or after is None:
         return ""
     text = f"Exactly right answers: {percent(before)} before training, {percent(after)} after"
-    kept = None if choice is None else _exact_match(stages, f"{EXPORT_PREFIX}{choice.format}")
+    kept = None if choice is None else _exact_match(stages, stage_of(choice.format))
     return f"{text}." if kept is None else f"{text}, {percent(kept)} from the recommended file."
 
 

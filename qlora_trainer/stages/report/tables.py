@@ -13,7 +13,7 @@ from qlora_trainer.records import (
     Sample,
     StageFigures,
 )
-from qlora_trainer.stages.report.inputs import BASE, EXPORT_PREFIX, QUANTIZED, TRAINED
+from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of
 from qlora_trainer.stages.report.wording import (
     count_of,
     interval,
@@ -75,7 +75,7 @@ def gap_table(report: RunReport) -> Table:
     titles = ("Loss, nats per token", "Perplexity", *(METRIC_TITLES.get(name, name) for name in metrics))
     titles += ("KL to trained, nats", "Top-1 agreement", "Size", "Tokens/s", "Peak memory")
     columns = (Column("Stage", is_number=False), *map(Column, titles), Column("Verified", is_number=False))
-    verified = {f"{EXPORT_PREFIX}{export.format}": export.verified for export in report.exports}
+    verified = {stage_of(export.format): export.verified for export in report.exports}
     rows = tuple(_stage_row(stage, metrics, verified=verified.get(stage.name)) for stage in report.stages)
     return Table(columns, rows)
 
