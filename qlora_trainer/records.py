@@ -193,12 +193,48 @@ class MergedModel:
         into: ``dequantized`` or ``original``.
         survived: share of each layer's learned delta that is still there after rounding to the file's type, by layer.
         bytes: size of the safetensors files.
+        validation_nats: loss on the validation rows for each base that was tried; the smallest chose ``into``.
     """
 
     folder: Path
     into: str
     survived: dict[str, float]
     bytes: int
+    validation_nats: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way of making a file, measured on the validation rows, which alone choose.
+
+    Attributes:
+        rung: 0 to 5 (QUANTIZATION, section 4).
+        method: in words, such as ``GPTQ + tuned scales``.
+        merged_into: ``dequantized`` or ``original``: the base that the delta went into.
+        nats_per_token: loss on the validation rows.
+        gain_kept: share of the learned nats on those rows; None where there is too little to divide by.
+        interval: paired-bootstrap interval of ``gain_kept``, or where that is None of the loss above the trained
+            model's in nats per token.
+        kl_to_trained: mean KL(trained || file) on label tokens of the validation rows.
+        top1_agreement: share of those tokens with the same most likely next token.
+        bytes: size of the file set.
+        seconds: making and measuring.
+        meets_bar: whether it is good enough for the recipe.
+        is_shipped: whether this is the file that was kept.
+    """
+
+    rung: int
+    method: str
+    merged_into: str
+    nats_per_token: float
+    gain_kept: float | None
+    interval: Interval
+    kl_to_trained: float
+    top1_agreement: float
+    bytes: int
+    seconds: float
+    meets_bar: bool
+    is_shipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,6 +253,12 @@ class ExportedModel:
         difference: the measured quantity that ``tolerance`` bounds: mean KL in nats.
         tolerance: bound on ``difference``.
         sha256: of each file, by its name.
+        merged_into: ``dequantized`` or ``original``; None where nothing is merged (an adapter).
+        attempts: everything that was tried, in order; empty where there was nothing to choose.
+        why_ended: why no further rung was tried, in words; None without attempts.
+        survived: dead-zone meter: share of each layer's learned delta that is in the file, by layer.
+        layers_16bit: linear layers that the format could not hold and the recipe allowed to stay in 16 bit.
+        layers_raised: layers with more bits than the rest (rung 5).
     """
 
     format: str
@@ -230,6 +272,12 @@ class ExportedModel:
     difference: float | None
     tolerance: float
     sha256: dict[str, str] = field(default_factory=dict)
+    merged_into: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+    why_ended: str | None = None
+    survived: dict[str, float] = field(default_factory=dict)
+    layers_16bit: tuple[str, ...] = ()
+    layers_raised: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -292,7 +340,13 @@ class Gap:
 
 @dataclass(frozen=True)
 class ExportFigures:
-    """One exported file set: ``verified`` says faithful, ``gain_kept`` says good (ARCHITECTURE, section 2)."""
+    """One exported file set: ``verified`` says faithful, ``gain_kept`` says good (ARCHITECTURE, section 2).
+
+    ``status`` is ``complete``, ``below_bar`` where the test rows do not show what the recipe asks for, or
+    ``unverified``. The fields from ``merged_into`` on are as in ``ExportedModel``. ``bar`` is the share of the learned
+    nats that the lower end of ``interval`` must reach; None where the recipe sets none for this format. Where
+    ``gain_kept`` is None, ``interval`` is None and ``loss_above_trained`` with its interval is what the bar looks at.
+    """
 
     format: str
     bits: int
@@ -308,6 +362,16 @@ class ExportFigures:
     verified: bool
     verification: str
     sha256: dict[str, str]
+    status: str = "complete"
+    bar: float | None = None
+    loss_above_trained: float = 0.0
+    loss_above_trained_interval: Interval = (0.0, 0.0)
+    merged_into: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+    why_ended: str | None = None
+    survived: dict[str, float] = field(default_factory=dict)
+    layers_16bit: tuple[str, ...] = ()
+    layers_raised: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -333,7 +397,9 @@ class ExpectedFigure:
 class RunReport:
     """report.json, whole.
 
-    ``status`` is ``complete``, or ``failed`` where an export was not verified.
+    ``status`` is ``complete``, ``failed`` where an export was not verified, or ``below_bar`` where every export was
+    verified but one is not as good as the recipe asks. ``merge_base`` holds the loss on the validation rows of the
+    merged 16-bit model for each base that was tried.
     """
 
     recipe: str
@@ -349,3 +415,4 @@ class RunReport:
     expected: tuple[ExpectedFigure, ...]
     environment: dict[str, str]
     warnings: tuple[str, ...] = ()
+    merge_base: dict[str, float] = field(default_factory=dict)

@@ -48,6 +48,10 @@ class Bitsandbytes:
             data_type=self.data_type, double_quant=self.double_quant, dtype=self._dtype, ignored=ignored
         )
 
+    def of(self, module: str) -> "Bitsandbytes":
+        """Itself: every matrix is stored alike."""
+        return self
+
     @property
     def _dtype(self) -> torch.dtype:
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16

@@ -5,7 +5,7 @@ Asymmetric files are not written: transformers 5.23 does not load them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,7 +21,8 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
-from qlora_trainer.numerics.affine import Granularity, Grid, dequantize, fit_grid, quantize
+from qlora_trainer.numerics.affine import Granularity, Grid, dequantize
+from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round_to_nearest
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -53,13 +54,22 @@ class CompressedTensors:
         suffix = "" if self.group_size is None else f"_g{self.group_size}"
         return f"compressed_tensors_w{self.bits}a16{suffix}"
 
+    @property
+    def spec(self) -> GridSpec:
+        """Symmetric grids with bfloat16 scales, the type that runtimes hold them in.
+
+        A scale of 8 significant bits times an integer of at most 8 is exact in float32, whatever type a runtime then
+        rounds the weight to.
+        """
+        granularity: Granularity = "channel" if self.group_size is None else self.group_size
+        return GridSpec(bits=self.bits, granularity=granularity, scale_dtype=torch.bfloat16)
+
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """The tensors that stand for ``weight``: packed integers, scales, shape.
+        """The tensors that stand for ``weight``, rounded to nearest: packed integers, scales, shape.
 
         Raises:
             ValueError: the groups do not divide the inputs, or a value is not finite.
         """
-        granularity: Granularity = "channel" if self.group_size is None else self.group_size
         if weight.ndim == 2 and self.group_size is not None and weight.shape[1] % self.group_size:
             fitting = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
             raise ValueError(
@@ -67,17 +77,19 @@ class CompressedTensors:
                 f"{tuple(weight.shape)}; group sizes that do: {', '.join(map(str, fitting)) or 'none'}. "
                 "compressed_tensors_w8a16 has one scale per output and fits every shape."
             )
-        grid = fit_grid(weight, bits=self.bits, is_symmetric=True, granularity=granularity)
-        # bfloat16 is what runtimes hold scales in. Rounded before the integers are chosen, so that these fit it; a
-        # scale of 8 significant bits times an integer of at most 8 is exact in float32, whatever type a runtime
-        # then rounds the weight to.
-        scale = grid.scale.to(torch.bfloat16)
-        codes = quantize(weight, replace(grid, scale=scale.float()))
+        return self.pack(round_to_nearest(weight, self.spec))
+
+    def pack(self, weight: IntegerWeight) -> dict[str, Tensor]:
+        """The tensors that stand for integers on a symmetric grid."""
         return {
-            "weight_packed": pack_to_int32(codes, self.bits),
-            "weight_scale": scale,
-            "weight_shape": torch.tensor(weight.shape),
+            "weight_packed": pack_to_int32(weight.codes, self.bits),
+            "weight_scale": weight.grid.scale.to(torch.bfloat16),
+            "weight_shape": torch.tensor(weight.codes.shape),
         }
+
+    def of(self, module: str) -> "CompressedTensors":
+        """Itself: every matrix is stored alike."""
+        return self
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight in float32; rounded to a runtime's compute type it is what that runtime uses, bit for bit."""

@@ -8,19 +8,24 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.formats.weight_format import WeightFormat
+from qlora_trainer.formats.weight_format import IntegerFormat, WeightFormat
+from qlora_trainer.numerics.integer_weight import IntegerWeight
 from qlora_trainer.runtime.atomic import write_text
 from qlora_trainer.runtime.weight_files import copy_companions, read_tensors, write_shards
 from qlora_trainer.runtime.weight_headers import read_headers
 
+Stored = Tensor | IntegerWeight
+"""A tensor that a format rounds to nearest where it is a matrix, or a matrix that was rounded already."""
+
 
 def write_model(
     folder: Path,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Iterable[tuple[str, Stored]],
     weight_format: WeightFormat,
     *,
     linear_modules: Collection[str],
@@ -33,7 +38,8 @@ def write_model(
 
     Args:
         folder: an existing, empty folder (usually from ``runtime.atomic.writing_folder``).
-        weights: every tensor of the model by checkpoint name; float32 or narrower.
+        weights: every tensor of the model by checkpoint name; float32 or narrower. Integers on a grid are packed as
+            they are, which only an ``IntegerFormat`` can.
         weight_format: how matrices are stored.
         linear_modules: module names whose ``.weight`` is encoded.
         like: model folder whose config.json and tokenizer files are taken over.
@@ -52,10 +58,10 @@ def write_model(
     def stored() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             module = name.removesuffix(".weight")
-            if name.endswith(".weight") and module in targets:
+            if isinstance(tensor, IntegerWeight) or (name.endswith(".weight") and module in targets):
                 parts = _encode(module, tensor, weight_format)
                 if on_encoded is not None:
-                    on_encoded(module, tensor, parts)
+                    on_encoded(module, tensor if isinstance(tensor, Tensor) else tensor.dequantized(), parts)
                 yield from ((f"{module}.{suffix}", part) for suffix, part in parts.items())
             else:
                 yield name, tensor.to(rest_dtype) if tensor.is_floating_point() else tensor
@@ -72,16 +78,22 @@ def write_model(
 
 
 def read_model(
-    folder: Path, weight_format: WeightFormat, *, linear_modules: Collection[str]
+    folder: Path,
+    weight_format: WeightFormat,
+    *,
+    linear_modules: Collection[str],
+    wanted: Callable[[str], bool] = lambda _name: True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder that ``write_model`` wrote, matrices decoded as the runtime uses them.
 
-    Yields ``(checkpoint name, tensor)``; one module's tensors are in memory at a time.
+    ``wanted`` says by checkpoint name which tensors are read; a matrix is asked for as ``<module>.weight``. Yields ``(checkpoint name, tensor)``; one module's tensors are in memory at a time.
     """
     targets = set(linear_modules)
     parts: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(read_headers(folder)):
-        parts[_owner(name, targets) or name].append(name)
+        owner = _owner(name, targets)
+        if wanted(name if owner is None else f"{owner}.weight"):
+            parts[owner or name].append(name)
     for owner, names in parts.items():
         tensors = dict(read_tensors(folder, names))
         if owner not in targets:
@@ -91,12 +103,15 @@ def read_model(
         if bias is not None:
             yield f"{owner}.bias", bias
         by_suffix = {name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items()}
-        yield f"{owner}.weight", weight_format.decode(by_suffix)
+        yield f"{owner}.weight", weight_format.of(owner).decode(by_suffix)
 
 
-def _encode(module: str, weight: Tensor, weight_format: WeightFormat) -> dict[str, Tensor]:
+def _encode(module: str, weight: Stored, weight_format: WeightFormat) -> dict[str, Tensor]:
+    own = weight_format.of(module)
     try:
-        return weight_format.encode(weight)
+        if isinstance(weight, Tensor):
+            return own.encode(weight)
+        return cast(IntegerFormat, own).pack(weight)
     except ValueError as error:
         raise ValueError(f"{module}: {error}") from error
 

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight
+
 
 class WeightFormat(Protocol):
     """One way to store the matrices of a model's linear layers."""
@@ -48,3 +50,27 @@ class WeightFormat(Protocol):
         Args:
             ignored: names of linear modules that are not quantized, such as ``lm_head``.
         """
+
+    def of(self, module: str) -> "WeightFormat":
+        """The format of one module's matrix: another one where a file stores some layers with more bits."""
+
+
+class IntegerFormat(WeightFormat, Protocol):
+    """A format of integers on an affine grid: it packs what any rounding method chose.
+
+    ``encode`` is ``pack`` of the nearest integers.
+    """
+
+    @property
+    def spec(self) -> GridSpec:
+        """The grids that it holds."""
+
+    def pack(self, weight: IntegerWeight) -> dict[str, Tensor]:
+        """The tensors that stand for integers on a grid of ``spec``, by suffix; ``decode`` gives their reals.
+
+        Raises:
+            ValueError: the format cannot hold this shape or grid; names it and the mend.
+        """
+
+    def of(self, module: str) -> "IntegerFormat":
+        """As in ``WeightFormat``."""

@@ -22,7 +22,7 @@ class Grid:
 
     Attributes:
         scale: positive float32, shape ``(rows, groups)``.
-        zero_point: int32 of the same shape, within the integer range.
+        zero_point: int32 of the same shape, within the integer range; float64 where a format stores a real minimum.
         bits: 2 to 8; integers run from ``-2**(bits - 1)`` to ``2**(bits - 1) - 1``.
     """
 
@@ -134,7 +134,11 @@ def quantize(values: Tensor, grid: Grid) -> Tensor:
     _require_finite(values)
     smallest, largest = integer_range(grid.bits)
     blocks = _blocks(values.float(), grid)
-    codes = torch.round(blocks / grid.scale.unsqueeze(-1)) + grid.zero_point.unsqueeze(-1)
+    zero_point = grid.zero_point.unsqueeze(-1)
+    if grid.zero_point.is_floating_point():
+        codes = torch.round(blocks / grid.scale.unsqueeze(-1) + zero_point)
+    else:
+        codes = torch.round(blocks / grid.scale.unsqueeze(-1)) + zero_point
     return codes.clamp_(smallest, largest).to(torch.int8).reshape(values.shape)
 
 
@@ -145,7 +149,7 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
         ValueError: the shapes do not fit.
     """
     blocks = _blocks(codes.float(), grid)
-    return ((blocks - grid.zero_point.unsqueeze(-1)) * grid.scale.unsqueeze(-1)).reshape(codes.shape)
+    return ((blocks - grid.zero_point.unsqueeze(-1)).float() * grid.scale.unsqueeze(-1)).reshape(codes.shape)
 
 
 def round_trip(values: Tensor, grid: Grid) -> Tensor:

@@ -1,0 +1,110 @@
+"""What each export format of a recipe is, in plain facts; no torch.
+
+``preflight`` needs them before anything is loaded, ``stages.export`` builds files from them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_trainer.recipe import ExportFormat, Ladder
+
+Kind = Literal["adapter", "16bit", "integer", "library"]
+"""``integer``: integers on an affine grid that any rung can fill. ``library``: a quantizer that rounds by itself."""
+
+Runtime = Literal["transformers", "llama_cpp"]
+
+
+@dataclass(frozen=True)
+class FormatFacts:
+    """One export format.
+
+    Attributes:
+        kind: what can be done about its rounding.
+        bits: of the quantized weights; 16 where nothing is quantized.
+        runtime: what loads it here.
+        block: consecutive inputs that share a scale and must divide a layer's inputs; None = any number of inputs.
+        package: what must be installed to load it, beyond the core; None = nothing.
+    """
+
+    kind: Kind
+    bits: int
+    runtime: Runtime
+    block: int | None = None
+    package: str | None = None
+
+
+_GGUF = "qlora-trainer[gguf]"
+_GPTQ = "gptqmodel optimum"
+
+FACTS: Mapping[ExportFormat, FormatFacts] = {
+    "peft_adapter": FormatFacts("adapter", 16, "transformers"),
+    "merged_16bit": FormatFacts("16bit", 16, "transformers"),
+    "bitsandbytes_nf4": FormatFacts("library", 4, "transformers"),
+    "bitsandbytes_int8": FormatFacts("library", 8, "transformers"),
+    "compressed_tensors_w4a16_g32": FormatFacts("integer", 4, "transformers", 32),
+    "compressed_tensors_w4a16_g64": FormatFacts("integer", 4, "transformers", 64),
+    "compressed_tensors_w4a16_g128": FormatFacts("integer", 4, "transformers", 128),
+    "compressed_tensors_w8a16": FormatFacts("integer", 8, "transformers"),
+    "compressed_tensors_w8a8": FormatFacts("integer", 8, "transformers"),
+    "gptq_w4_g32": FormatFacts("integer", 4, "transformers", 32, _GPTQ),
+    "gptq_w4_g64": FormatFacts("integer", 4, "transformers", 64, _GPTQ),
+    "gptq_w4_g128": FormatFacts("integer", 4, "transformers", 128, _GPTQ),
+    "gptq_w8": FormatFacts("integer", 8, "transformers", 32, _GPTQ),
+    "gguf_f16": FormatFacts("16bit", 16, "llama_cpp", None, _GGUF),
+    "gguf_q8_0": FormatFacts("integer", 8, "llama_cpp", 32, _GGUF),
+    "gguf_q6_k": FormatFacts("library", 6, "llama_cpp", 256, _GGUF),
+    "gguf_q5_0": FormatFacts("integer", 5, "llama_cpp", 32, _GGUF),
+    "gguf_q5_1": FormatFacts("integer", 5, "llama_cpp", 32, _GGUF),
+    "gguf_q5_k_m": FormatFacts("library", 5, "llama_cpp", 256, _GGUF),
+    "gguf_q4_0": FormatFacts("integer", 4, "llama_cpp", 32, _GGUF),
+    "gguf_q4_1": FormatFacts("integer", 4, "llama_cpp", 32, _GGUF),
+    "gguf_q4_k_m": FormatFacts("library", 4, "llama_cpp", 256, _GGUF),
+    "gguf_adapter": FormatFacts("adapter", 16, "llama_cpp", None, _GGUF),
+}
+
+
+def bar_of(name: ExportFormat, ladder: Ladder) -> float | None:
+    """Share of the learned nats that a file of this format must keep; None for adapters and 16-bit files."""
+    bits = FACTS[name].bits
+    if bits == 16:
+        return None
+    return ladder.bar_int8 if bits >= 8 else ladder.bar_int4
+
+
+def unfit_layers(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Inputs of each linear layer that a format's blocks do not divide, by layer.
+
+    Args:
+        name: the format.
+        linears: shape ``(out_features, in_features)`` by layer.
+    """
+    block = FACTS[name].block
+    if block is None:
+        return {}
+    return {layer: shape[1] for layer, shape in linears.items() if shape[1] % block}
+
+
+def unfit_in_words(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -> str | None:
+    """Why a format cannot hold these layers, with what fits; None where it can.
+
+    Args:
+        name: the format.
+        linears: shape ``(out_features, in_features)`` by layer.
+    """
+    unfit = [f"{layer} ({inputs} inputs)" for layer, inputs in unfit_layers(name, linears).items()]
+    if not unfit:
+        return None
+    mine = FACTS[name]
+    fitting = [
+        other
+        for other, facts in FACTS.items()
+        if facts.kind in ("integer", "library") and facts.runtime == mine.runtime and not unfit_layers(other, linears)
+    ]
+    near = sorted(fitting, key=lambda other: (abs(FACTS[other].bits - mine.bits), -(FACTS[other].block or 0)))
+    offer = f"{near[0]} fits" if near else "no quantized format of this runtime fits; choose gguf_f16"
+    shown = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
+    return (
+        f"export.formats: {name} needs inputs in multiples of {mine.block}; {shown} are not. {offer}; "
+        "export.allow_16bit_layers: true leaves such layers in 16 bit"
+    )
