@@ -25,6 +25,7 @@ class FormatFacts:
         runtime: what loads it here.
         block: consecutive inputs that share a scale and must divide a layer's inputs; None = any number of inputs.
         package: what must be installed to load it, beyond the core; None = nothing.
+        outputs: a layer's outputs must be a multiple of this, because so many share a word of the file.
     """
 
     kind: Kind
@@ -32,6 +33,7 @@ class FormatFacts:
     runtime: Runtime
     block: int | None = None
     package: str | None = None
+    outputs: int = 1
 
 
 _GGUF = "qlora-trainer[gguf]"
@@ -47,10 +49,10 @@ FACTS: Mapping[ExportFormat, FormatFacts] = {
     "compressed_tensors_w4a16_g128": FormatFacts("integer", 4, "transformers", 128),
     "compressed_tensors_w8a16": FormatFacts("integer", 8, "transformers"),
     "compressed_tensors_w8a8": FormatFacts("integer", 8, "transformers"),
-    "gptq_w4_g32": FormatFacts("integer", 4, "transformers", 32, _GPTQ),
-    "gptq_w4_g64": FormatFacts("integer", 4, "transformers", 64, _GPTQ),
-    "gptq_w4_g128": FormatFacts("integer", 4, "transformers", 128, _GPTQ),
-    "gptq_w8": FormatFacts("integer", 8, "transformers", 32, _GPTQ),
+    "gptq_w4_g32": FormatFacts("integer", 4, "transformers", 32, _GPTQ, 8),
+    "gptq_w4_g64": FormatFacts("integer", 4, "transformers", 64, _GPTQ, 8),
+    "gptq_w4_g128": FormatFacts("integer", 4, "transformers", 128, _GPTQ, 8),
+    "gptq_w8": FormatFacts("integer", 8, "transformers", 4, _GPTQ, 4),
     "gguf_f16": FormatFacts("16bit", 16, "llama_cpp", None, _GGUF),
     "gguf_q8_0": FormatFacts("integer", 8, "llama_cpp", 32, _GGUF),
     "gguf_q6_k": FormatFacts("library", 6, "llama_cpp", 256, _GGUF),
@@ -72,17 +74,21 @@ def bar_of(name: ExportFormat, ladder: Ladder) -> float | None:
     return ladder.bar_int8 if bits >= 8 else ladder.bar_int4
 
 
-def unfit_layers(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Inputs of each linear layer that a format's blocks do not divide, by layer.
+def unfit_layers(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Linear layers that a format cannot hold, with the number that does not fit, such as ``172 inputs``.
 
     Args:
         name: the format.
         linears: shape ``(out_features, in_features)`` by layer.
     """
-    block = FACTS[name].block
-    if block is None:
-        return {}
-    return {layer: shape[1] for layer, shape in linears.items() if shape[1] % block}
+    facts = FACTS[name]
+    unfit = {}
+    for layer, (outputs, inputs) in linears.items():
+        if facts.block is not None and inputs % facts.block:
+            unfit[layer] = f"{inputs} inputs"
+        elif outputs % facts.outputs:
+            unfit[layer] = f"{outputs} outputs"
+    return unfit
 
 
 def unfit_in_words(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -> str | None:
@@ -92,7 +98,7 @@ def unfit_in_words(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -
         name: the format.
         linears: shape ``(out_features, in_features)`` by layer.
     """
-    unfit = [f"{layer} ({inputs} inputs)" for layer, inputs in unfit_layers(name, linears).items()]
+    unfit = [f"{layer} ({number})" for layer, number in unfit_layers(name, linears).items()]
     if not unfit:
         return None
     mine = FACTS[name]
@@ -105,6 +111,11 @@ def unfit_in_words(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -
     offer = f"{near[0]} fits" if near else "no quantized format of this runtime fits; choose gguf_f16"
     shown = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
     return (
-        f"export.formats: {name} needs inputs in multiples of {mine.block}; {shown} are not. {offer}; "
+        f"export.formats: {name} needs {_multiples(mine)}; {shown} are not. {offer}; "
         "export.allow_16bit_layers: true leaves such layers in 16 bit"
     )
+
+
+def _multiples(facts: FormatFacts) -> str:
+    inputs = f"inputs in multiples of {facts.block}"
+    return inputs if facts.outputs == 1 else f"{inputs} and outputs in multiples of {facts.outputs}"

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,13 +19,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from qlora_trainer import errors, pipeline
+from qlora_trainer.cli import app
 from qlora_trainer.cli.app import make_app
 from qlora_trainer.cli.checked import show_preflight
+from qlora_trainer.cli.format_help import FORMATS
 from qlora_trainer.cli.guard import guarded
 from qlora_trainer.cli.screen import duration, prepare_output, printable, size
 from qlora_trainer.cli.summary import show_report
 from qlora_trainer.cli.verbs import VERBS
 from qlora_trainer.cli.watching import LiveWatch, watching
+from qlora_trainer.export_formats import FACTS
 from qlora_trainer.preflight import Preflight
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.recipe_file import load
@@ -270,6 +274,51 @@ def test_a_run_whose_file_is_not_verified_exits_with_1(recipe: Path, monkeypatch
     assert " NO " in out
 
 
+@pytest.mark.parametrize("verb", ["run", "report"])
+def test_a_run_with_a_file_below_its_bar_exits_with_4(recipe: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    below = replace(REPORT, status="below_bar", exports=(replace(FILE, status="below_bar", bar=0.995),))
+    stand_in(monkeypatch, lambda recipe, **options: below)
+    code, out, _ = invoke(verb, recipe)
+    assert code == 4
+    assert "BELOW THE BAR" in out
+
+
+def test_every_exit_code_is_documented_and_stands_for_one_thing() -> None:
+    codes = {app.UNVERIFIED, app.REFUSED, app.BELOW_BAR, *(kind.exit_code for kind in kinds(errors.TrainerError))}
+    _, out, _ = invoke("--help")
+    told = [line.split()[0] for line in out.partition("Exit codes:\n")[2].partition("\n\n")[0].splitlines()]
+    assert told == ["0", *map(str, sorted(codes))]
+    for verb in ("run", "report"):
+        text = " ".join(invoke(verb, "--help")[1].split())
+        assert "The exit code is 1 where an exported file could not be verified, and 4 where" in text
+
+
+def test_the_help_of_export_lists_every_format_below_its_runtime() -> None:
+    listed = {name: runtime for runtime, formats in FORMATS.items() for name in formats}
+    assert set(listed) == set(FACTS)
+    for name, facts in FACTS.items():
+        assert listed[name].startswith("llama.cpp" if facts.runtime == "llama_cpp" else "transformers")
+        assert ("GPTQModel" in listed[name]) == (facts.package == "gptqmodel optimum")
+
+
+def test_the_help_of_a_format_agrees_with_what_it_is() -> None:
+    texts = {name: text for formats in FORMATS.values() for name, text in formats.items()}
+    for name, facts in FACTS.items():
+        if facts.kind != "adapter":
+            assert re.search(rf"\b{facts.bits}( bit|-bit)", texts[name]), name
+        assert (facts.kind == "library") == ("rounded by" in texts[name]), name
+
+
+def test_the_help_of_export_keeps_its_lines_and_says_how_to_install() -> None:
+    code, out, _ = invoke("export", "--help")
+    assert code == 0
+    for name, text in FORMATS["llama.cpp"].items():
+        assert re.search(rf"^ +{name} +{re.escape(text)}$", out, re.MULTILINE)
+    assert 'pip install "qlora-trainer[gguf]"' in out
+    assert "pip install gptqmodel optimum" in out
+    assert "Rungs: 0 to nearest, 1 GPTQ, 2 GPTQ + tuned scales" in out
+
+
 def test_a_recipe_with_problems_is_told_before_anything_runs(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, lambda recipe, **options: pytest.fail("must not run"))
     code, out, err = invoke("run", recipe, "--set", "lora.rnak=3")
@@ -392,11 +441,59 @@ def test_the_table_has_a_row_for_every_stage() -> None:
     show_report(console, REPORT, folder=Path("runs/tiny"), seconds=75.0, peak_bytes=2**30)
     out = written(console)
     assert cells(out, "base_16bit") == [
-        "base_16bit", "2.5000 [2.250,2.750]", "12.5 [6.2,18.8]", "12.5", "-", "3.0 MiB", "1,234", "-", "-",
+        "base_16bit", "2.5000 [2.250,2.750]", "12.5 [6.2,18.8]", "12.5", "-", "3.0 MiB", "1,234",
     ]  # fmt: skip
-    assert cells(out, "export:")[-2:] == ["yes", "97.5 % [90.0,105.0]"]
+    assert cells(out, "export:")[:2] == ["export:compressed_tensors_w8a16", "1.5000 [2.250,2.750]"]
     assert REPORT.sentence in out
     assert "Took 1 min 15 s; at most 1.00 GiB resident" in out
+
+
+def shown(*exports: ExportFigures) -> str:
+    console = Console(file=io.StringIO(), width=200, markup=False)
+    show_report(console, replace(REPORT, exports=exports), folder=Path("x"), seconds=1.0, peak_bytes=0)
+    return written(console)
+
+
+ROUNDED = replace(
+    FILE,
+    rung=2,
+    merged_into="original",
+    bar=0.995,
+    loss_above_trained=0.0123,
+    loss_above_trained_interval=(0.01, 0.015),
+)
+
+
+def test_the_table_of_files_tells_how_each_was_made_and_how_good_it_is() -> None:
+    assert cells(shown(ROUNDED), "compressed_tensors_w8a16") == [
+        "compressed_tensors_w8a16", "2", "original", "97.5 % [90.0,105.0]", "99.5 %", "+0.0123", "yes", "complete",
+    ]  # fmt: skip
+    adapter = replace(FILE, format="peft_adapter", bits=16)
+    assert cells(shown(adapter), "peft_adapter")[1:5] == ["-", "-", "97.5 % [90.0,105.0]", "-"]
+
+
+def test_a_run_without_exports_has_no_table_of_files() -> None:
+    assert "merged into" in shown(ROUNDED)
+    assert "merged into" not in shown()
+
+
+def test_a_file_below_its_bar_has_a_line_of_its_own() -> None:
+    out = shown(replace(ROUNDED, status="below_bar"))
+    assert cells(out, "compressed_tensors_w8a16")[-2:] == ["yes", "BELOW THE BAR"]
+    line = "below the bar: compressed_tensors_w8a16 keeps 97.50 % [90.00,105.00] of what training won; the recipe asks "
+    assert f"\n{line}for 99.5 % at the lower end\n" in out
+    assert "below the bar" not in shown(ROUNDED)
+
+
+def test_a_file_below_its_bar_without_a_gain_is_told_by_its_distance() -> None:
+    out = shown(replace(ROUNDED, status="below_bar", gain_kept=None, interval=None))
+    assert "has KL 0.00125 and a loss up to 0.0150 nats/token above the trained model's" in out
+
+
+def test_a_file_that_is_not_verified_is_not_told_as_below_the_bar() -> None:
+    out = shown(replace(ROUNDED, verified=False, status="unverified"))
+    assert cells(out, "compressed_tensors_w8a16")[-2:] == ["NO", "unverified"]
+    assert "below the bar" not in out
 
 
 # recipes.

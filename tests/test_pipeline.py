@@ -3,8 +3,9 @@
 import json
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,17 @@ from qlora_trainer.errors import DataError, Interrupted, RecipeError, RunFolderE
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import RunReport
 from qlora_trainer.runtime.progress import TrainingProgress
+from qlora_trainer.stages import export as export_stage
 
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 FORMATS = (
     "peft_adapter",
     "merged_16bit",
@@ -75,6 +86,10 @@ def recipe_for(base: Path, folder: Path, **sections: dict[str, object]) -> Recip
         "evaluation": {"metrics": ["exact_match"], "generation_rows": 4, "max_new_tokens": 8, "kl_tokens": 50},
         "merge": {"data_type": "float32"},
         "export": {"formats": FORMATS},
+        "calibration": {"rows": 16, "batch_size": 8},
+        "rounding": {"scale_epochs": 1, "learned_steps": 4},
+        # A random model of two layers learns by heart and loses it at four bits: what is good is another test's question.
+        "ladder": {"bar_int4": 0.0, "bar_int8": 0.0},
     }
     for name, updates in sections.items():
         values[name] = {**values.get(name, {}), **updates}
@@ -131,9 +146,93 @@ def test_another_export_is_added_without_training_again(finished: tuple[Path, Re
     )
     watcher = Watcher()
     report = pipeline.run(more, observer=watcher)
-    assert watcher.done == ["export compressed_tensors_w4a16_g64"]
+    name = "export compressed_tensors_w4a16_g64"
+    ways = [(0, "dequantized"), (0, "original"), (2, "dequantized"), (2, "original")]
+    assert watcher.done == [*(f"{name} rung {rung} {into}" for rung, into in ways), name]
     assert report is not None
     assert report.exports[-1].verified
+
+
+def test_each_file_says_how_it_was_made(finished: tuple[Path, Recipe, RunReport]) -> None:
+    root, _, report = finished
+    for export in report.exports:
+        if export.format in ("peft_adapter", "merged_16bit"):
+            assert export.attempts == ()
+            continue
+        shipped = [attempt for attempt in export.attempts if attempt.is_shipped]
+        assert len(shipped) == 1
+        assert shipped[0].nats_per_token == min(attempt.nats_per_token for attempt in export.attempts)
+        assert (export.rung, export.merged_into) == (shipped[0].rung, shipped[0].merged_into)
+        assert {attempt.merged_into for attempt in export.attempts} == {"dequantized", "original"}
+        assert set(export.survived) == {f"model.layers.{layer}.{name}" for layer in range(2) for name in LINEARS}
+    assert set(report.merge_base) == {"dequantized", "original"}
+    assert not (root / "exports" / ".work").exists()
+
+
+def test_the_ladder_is_climbed_to_its_end_where_no_file_is_good_enough(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standing = export_stage.standing
+    monkeypatch.setattr(export_stage, "standing", lambda *args, **kw: replace(standing(*args, **kw), meets_bar=False))
+    recipe = recipe_for(
+        llama_folder,
+        tmp_path,
+        export={"formats": ("compressed_tensors_w4a16_g32", "gptq_w4_g32")},
+        ladder={"last_rung": 5},
+        rounding={"raised_share": 0.3},
+    )
+    report = pipeline.run(recipe)
+    assert report is not None
+    mixed, gptq = report.exports
+    assert [attempt.rung for attempt in mixed.attempts] == [0, 0, 2, 2, 3, 3, 4, 5]
+    assert [attempt.rung for attempt in gptq.attempts] == [0, 0, 2, 2, 3, 3, 4]
+    assert not any(attempt.meets_bar for attempt in mixed.attempts)
+    assert "no rung is left" in (mixed.why_ended or "")
+    raised = mixed.attempts[-1]
+    before = min(mixed.attempts[:-1], key=lambda attempt: attempt.nats_per_token)
+    assert raised.merged_into == before.merged_into
+    assert raised.bytes > before.bytes
+    assert raised.kl_to_trained < before.kl_to_trained
+
+
+def test_no_rung_is_begun_when_the_time_is_spent(llama_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(
+        llama_folder,
+        tmp_path,
+        training={"max_steps": 2},
+        export={"formats": ("compressed_tensors_w4a16_g32",)},
+        ladder={"bar_int4": 0.99, "minutes": 1e-6},
+    )
+    report = pipeline.run(recipe)
+    assert report is not None
+    assert [attempt.rung for attempt in report.exports[0].attempts] == [0, 0]
+    assert "ladder.minutes" in (report.exports[0].why_ended or "")
+
+
+def test_an_interrupted_export_goes_on_where_it_was(
+    finished: tuple[Path, Recipe, RunReport], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, whole = finished
+    recipe = recipe_for(llama_folder, tmp_path, export={"formats": ("compressed_tensors_w4a16_g32",)})
+    write = export_stage.write
+    calls = iter(range(100))
+
+    def pulled_out(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            raise OSError("pulled out")
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(export_stage, "write", pulled_out)
+    with pytest.raises(OSError, match="pulled out"):
+        pipeline.run(recipe)
+    monkeypatch.undo()
+    watcher = Watcher()
+    report = pipeline.run(recipe, observer=watcher)
+    assert report is not None
+    name = "export compressed_tensors_w4a16_g32"
+    assert watcher.done == [f"{name} rung 2 original", name]
+    same = next(export for export in whole.exports if export.format == "compressed_tensors_w4a16_g32")
+    assert report.exports[0].sha256 == same.sha256
 
 
 def test_a_recipe_that_trains_otherwise_is_refused_with_the_differences(

@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from qlora_trainer.preflight import Preflight, check, predict_peak_bytes, room
-from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
+from qlora_trainer.preflight import Preflight, check, exports, predict_peak_bytes, room
+from qlora_trainer.preflight.prediction import model_shape
+from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages import base_model, dataset
 
@@ -29,6 +31,8 @@ def recipe(base: Path | str, **sections: dict[str, object]) -> Recipe:
         "base_model": {"path": str(base)},
         "data": {"train": "rows.jsonl", "validation_rows": 4, "test_rows": 6},
         "training": {"max_steps": 5, "micro_batch_size": 2, "gradient_accumulation_steps": 3},
+        # 30 training rows are left.
+        "calibration": {"rows": 16},
     }
     for section, changes in sections.items():
         settings[section] = {**settings.get(section, {}), **changes}
@@ -39,6 +43,23 @@ def with_room(monkeypatch: pytest.MonkeyPatch, *, memory: int = 64 * GIB, disk: 
     """Sets what the machine seems to have free."""
     monkeypatch.setattr(room, "available_bytes", lambda: memory)
     monkeypatch.setattr("qlora_trainer.preflight.checking.free_disk_bytes", lambda path: disk)
+
+
+def disk_items(monkeypatch: pytest.MonkeyPatch, base: Path, sections: dict[str, dict[str, object]]) -> dict[str, int]:
+    """Predicted bytes on the disk, item by item."""
+    with_room(monkeypatch)
+    found = check(recipe(base, **sections))
+    assert found.disk is not None
+    return found.disk.needed.items
+
+
+def planned(found: Preflight, name: str) -> str:
+    return next(stage.text for stage in found.plan if stage.name == name)
+
+
+def without_modules(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    """Makes the modules that exports need seem installed, but for these."""
+    monkeypatch.setattr(exports, "find_spec", lambda name: None if name in missing else object())
 
 
 # What is found where nothing is wrong.
@@ -55,8 +76,8 @@ def test_a_recipe_that_can_run_has_no_problems(found: Preflight) -> None:
     assert found.notes == ()
 
 
-def test_memory_is_predicted_for_training_and_for_the_16_bit_base(found: Preflight) -> None:
-    assert [budget.purpose for budget in found.memory] == ["training", "evaluation"]
+def test_memory_is_predicted_for_training_for_the_16_bit_base_and_for_rounding(found: Preflight) -> None:
+    assert [budget.purpose for budget in found.memory] == ["training", "evaluation", "rounding"]
     assert all(0.5 * GIB < budget.needed.total < 1 * GIB for budget in found.memory)
     assert all(budget.free_bytes == 64 * GIB for budget in found.memory)
 
@@ -70,7 +91,89 @@ def test_the_disk_is_predicted_with_every_export(found: Preflight) -> None:
         "merged model",
         "export peft_adapter",
         "export compressed_tensors_w4a16_g32",
+        "attempts",
+        "rounded integers",
     ]
+
+
+def test_the_disk_holds_two_more_files_and_a_byte_for_each_rounded_weight(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = ["peft_adapter", "compressed_tensors_w4a16_g32", "compressed_tensors_w8a16"]
+    items = disk_items(monkeypatch, llama_folder, {"export": {"formats": formats}, "merge": {"into": "dequantized"}})
+    assert items["attempts"] == 2 * items["export compressed_tensors_w8a16"]
+    base = base_model.resolve(recipe(llama_folder).base_model)
+    shape = model_shape(base)
+    assert shape is not None
+    assert items["rounded integers"] == shape.linear_parameters
+
+
+def test_two_merged_models_lie_on_the_disk_while_bases_are_compared(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = {"formats": ["peft_adapter", "merged_16bit"]}
+    both = disk_items(monkeypatch, llama_folder, {"export": formats})
+    assert both["attempts"] == both["merged model"]
+    assert "rounded integers" not in both
+    one = disk_items(monkeypatch, llama_folder, {"export": formats, "merge": {"into": "original"}})
+    assert one["attempts"] == 0
+
+
+def test_rounding_needs_memory_only_where_it_looks_at_activations(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def purposes(**changes: object) -> list[str]:
+        asked = recipe(llama_folder, export={"formats": ["compressed_tensors_w4a16_g32"]}, ladder=changes)
+        return [budget.purpose for budget in check(asked).memory]
+
+    with_room(monkeypatch)
+    assert "rounding" in purposes(start_rung_int4=1, last_rung=1)
+    assert "rounding" not in purposes(start_rung_int4=0, last_rung=0)
+
+
+def test_rounding_holds_one_block_and_the_hidden_states_of_all_rows(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+
+    def items(rows: int, batch: int = 4) -> dict[str, int]:
+        calibration = {"rows": rows, "batch_size": batch}
+        asked = recipe(llama_folder, export={"formats": ["gptq_w4_g32"]}, calibration=calibration)
+        return check(asked).memory[2].needed.items
+
+    shape = model_shape(base_model.resolve(recipe(llama_folder).base_model))
+    assert shape is not None
+    few, many = items(8), items(16)
+    assert few["one block, three times"] == 12 * shape.linear_parameters // shape.layers
+    # Six layers read the residual stream's 64 values, down_proj reads 128.
+    assert few["Gram matrices of a block"] == 4 * (6 * 64**2 + 128**2)
+    hidden = "hidden states of calibration rows"
+    assert many[hidden] == 2 * few[hidden]
+    assert many["activations"] == few["activations"]
+    assert items(8, batch=8)["activations"] == 2 * few["activations"]
+
+
+def test_rungs_are_those_that_a_format_and_an_adapter_have() -> None:
+    def rungs(name: ExportFormat, **lora: object) -> tuple[int, ...]:
+        return exports.climbs(recipe("x", lora=lora, ladder={"last_rung": 5}), name)
+
+    assert rungs("gguf_q4_0") == (0, 2, 3, 4, 5)
+    assert rungs("gguf_q4_0", use_dora=True) == (0, 2, 3, 5)
+    assert rungs("gptq_w4_g64") == (0, 2, 3, 4)
+    assert rungs("compressed_tensors_w8a8") == (0, 1, 2, 3, 4)
+    assert rungs("gguf_q4_k_m") == rungs("merged_16bit") == (0,)
+
+
+def test_the_rungs_of_the_plan_are_those_that_are_climbed() -> None:
+    from qlora_trainer.stages.export.rungs import rungs_of  # noqa: PLC0415 - loads torch
+
+    for use_dora in (False, True):
+        for last in range(6):
+            first = min(2, last)
+            ladder = {"last_rung": last, "start_rung_int4": first}
+            asked = recipe("x", lora={"use_dora": use_dora}, ladder=ladder)
+            for name in get_args(ExportFormat):
+                assert exports.climbs(asked, name) == rungs_of(name, asked.ladder, has_magnitudes=use_dora)
 
 
 def test_the_plan_names_every_stage_in_order(found: Preflight) -> None:
@@ -188,15 +291,165 @@ def test_a_base_without_tokenizer_and_with_a_cut_shard_tells_both(
     assert "model.safetensors" in problem
 
 
-def test_groups_that_do_not_divide_the_inputs_are_a_problem(
+def test_blocks_that_do_not_divide_the_inputs_are_a_problem_that_says_what_fits(
     here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_room(monkeypatch)
-    asked = recipe(llama_folder, export={"formats": ["compressed_tensors_w4a16_g128", "compressed_tensors_w8a16"]})
-    (problem,) = check(asked).problems
-    assert problem.startswith("export.formats: compressed_tensors_w4a16_g128 needs inputs in multiples of 128; q_proj")
+    without_modules(monkeypatch)
+    names = ["compressed_tensors_w4a16_g128", "compressed_tensors_w8a16", "gguf_q4_k_m"]
+    tensors, gguf = check(recipe(llama_folder, export={"formats": names})).problems
+    assert tensors.startswith(
+        "export.formats: compressed_tensors_w4a16_g128 needs inputs in multiples of 128; q_proj (64 inputs)"
+    )
     # down_proj reads 128 values in this model.
-    assert "down_proj" not in problem
+    assert "down_proj" not in tensors
+    assert "compressed_tensors_w4a16_g64 fits" in tensors
+    assert gguf.startswith("export.formats: gguf_q4_k_m needs inputs in multiples of 256")
+
+
+def test_layers_that_may_stay_in_16_bit_are_a_note(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    names = ["compressed_tensors_w4a16_g128", "compressed_tensors_w8a16"]
+    found = check(recipe(llama_folder, export={"formats": names, "allow_16bit_layers": True}))
+    assert found.problems == ()
+    (note,) = found.notes
+    assert note.startswith("compressed_tensors_w4a16_g128 leaves q_proj (64 inputs), k_proj (64 inputs), ")
+    assert "down_proj" not in note
+
+
+@pytest.mark.parametrize(
+    ("rows", "problems"), [(30, 0), (31, 1)], ids=["as many as there are", "one more than there are"]
+)
+def test_more_calibration_rows_than_training_rows_are_a_problem(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, rows: int, problems: int
+) -> None:
+    with_room(monkeypatch)
+    names = {"formats": ["peft_adapter", "compressed_tensors_w4a16_g32"]}
+    found = check(recipe(llama_folder, export=names, calibration={"rows": rows}))
+    assert len(found.problems) == problems
+    for problem in found.problems:
+        assert problem == (
+            "calibration.rows: 31 are asked for by compressed_tensors_w4a16_g32, and there are 30 training rows. Set "
+            "calibration.rows: 30 or give more training rows"
+        )
+
+
+def test_rows_that_nothing_learns_from_are_not_asked_for(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    many = {"rows": 10**6}
+    for names, ladder in (
+        (["peft_adapter", "bitsandbytes_nf4"], {}),
+        (["compressed_tensors_w4a16_g32"], {"start_rung_int4": 0, "last_rung": 0}),
+    ):
+        asked = recipe(llama_folder, export={"formats": names}, calibration=many, ladder=ladder)
+        assert check(asked).problems == ()
+
+
+GGUF = ["gguf_f16", "gguf_q8_0"]
+
+
+def test_gguf_files_need_their_package_to_be_written(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    without_modules(monkeypatch, "gguf")
+    (problem,) = check(recipe(llama_folder, export={"formats": GGUF})).problems
+    assert problem.startswith(
+        "export.formats: gguf_f16, gguf_q8_0 cannot be written: the package gguf is not installed"
+    )
+    assert 'pip install "qlora-trainer[gguf]"' in problem
+
+
+def test_what_no_package_here_can_load_is_written_all_the_same(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    without_modules(monkeypatch, "llama_cpp", "gptqmodel")
+    found = check(recipe(llama_folder, export={"formats": [*GGUF, "gptq_w4_g32", "compressed_tensors_w8a16"]}))
+    assert found.problems == ()
+    assert found.notes == (
+        "gguf_f16, gguf_q8_0 will be written but not verified: llama_cpp is not installed. "
+        'pip install "qlora-trainer[gguf]"',
+        "gptq_w4_g32 will be written but not verified: gptqmodel is not installed. pip install gptqmodel optimum",
+    )
+    without_modules(monkeypatch)
+    assert check(recipe(llama_folder, export={"formats": [*GGUF, "gptq_w4_g32"]})).notes == ()
+
+
+def test_k_quants_need_llama_cpp_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_modules(monkeypatch, "llama_cpp")
+    problems, notes = exports.package_findings(recipe("x", export={"formats": ["gguf_q4_k_m", "gguf_q4_0"]}))
+    assert [problem.split(" cannot")[0] for problem in problems] == ["export.formats: gguf_q4_k_m"]
+    assert [note.split(" will")[0] for note in notes] == ["gguf_q4_0"]
+
+
+def test_a_gguf_adapter_cannot_hold_dora(here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_room(monkeypatch)
+    without_modules(monkeypatch)
+    asked = {"formats": ["gguf_adapter", "peft_adapter"]}
+    assert check(recipe(llama_folder, export=asked)).problems == ()
+    (problem,) = check(recipe(llama_folder, export=asked, lora={"use_dora": True})).problems
+    assert problem.startswith("export.formats: gguf_adapter cannot hold the magnitudes of lora.use_dora: true")
+
+
+def test_what_is_missing_is_told_before_the_base_is_there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_modules(monkeypatch, "gguf")
+    asked = recipe("x", base_model={"path": None, "name": "owner/model"}, export={"formats": GGUF})
+    (problem,) = check(asked).problems
+    assert "the package gguf is not installed" in problem
+
+
+# The plan of the exports.
+
+
+def test_the_plan_tells_rungs_bases_bar_and_calibration_rows(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    names = ["peft_adapter", "merged_16bit", "bitsandbytes_nf4", "compressed_tensors_w4a16_g32"]
+    names.append("compressed_tensors_w8a16")
+    found = check(recipe(llama_folder, export={"formats": names}, ladder={"minutes": 2.5, "last_rung": 3}))
+    end = "loaded again by transformers, verified, evaluated"
+    assert planned(found, "export peft_adapter") == f"written, {end}"
+    assert planned(found, "export bitsandbytes_nf4") == (
+        f"rounded by its own library, from both bases (dequantized, original), {end}"
+    )
+    assert planned(found, "export compressed_tensors_w4a16_g32") == (
+        "rungs 0, 2, 3 until 98 % of the gain are kept on 16 calibration rows, none begun after 2.5 minutes, from both "
+        f"bases (dequantized, original), {end}"
+    )
+    assert planned(found, "export compressed_tensors_w8a16").startswith("rungs 0, 1, 2, 3 until 99.5 % of the gain")
+    assert planned(found, "merge") == (
+        "into both bases (dequantized, original), the better on the validation rows is kept, saved as bfloat16"
+    )
+
+
+def test_the_plan_names_the_one_base_that_is_used(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    named = check(recipe(llama_folder, merge={"into": "original"}))
+    repaired = check(recipe(llama_folder, lora={"init": "loftq"}))
+    assert planned(named, "merge") == "into the original base, saved as bfloat16"
+    assert planned(repaired, "merge") == "into the dequantized base, saved as bfloat16"
+
+
+def test_a_ladder_of_one_rung_calibrates_nothing(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    names = {"formats": ["compressed_tensors_w4a16_g32"]}
+    found = check(recipe(llama_folder, export=names, ladder={"start_rung_int4": 0, "last_rung": 0}))
+    assert planned(found, "export compressed_tensors_w4a16_g32").startswith("rung 0, from both bases")
+
+
+def test_every_format_can_be_planned() -> None:
+    for name in get_args(ExportFormat):
+        assert exports.planned_export(recipe("x"), name).endswith("verified, evaluated")
 
 
 def test_a_folder_of_this_recipe_is_no_problem(here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

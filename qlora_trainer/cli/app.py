@@ -30,6 +30,10 @@ UNVERIFIED = 1
 """Exit code of a run that ended with a file that could not be verified."""
 REFUSED = 2
 """Exit code of ``check`` where something must be mended."""
+BELOW_BAR = 4
+"""Exit code of a run whose files are all verified, one of them not as good as the recipe asks."""
+ENDINGS = {"failed": UNVERIFIED, "below_bar": BELOW_BAR}
+"""Exit code by the report's status; 0 for any other."""
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -93,7 +97,7 @@ def _carry_out(verb: Verb, path: Path, overrides: Sequence[str], *, trust_remote
     """Runs the stages and shows what they gave.
 
     Raises:
-        typer.Exit: an export could not be verified.
+        typer.Exit: an export could not be verified, or is below the recipe's bar.
     """
     from qlora_trainer.cli.summary import show_report  # noqa: PLC0415
     from qlora_trainer.cli.watching import watching  # noqa: PLC0415
@@ -113,8 +117,8 @@ def _carry_out(verb: Verb, path: Path, overrides: Sequence[str], *, trust_remote
     seconds, peak_bytes = time.monotonic() - began, memory.peak_bytes()
     if report is not None:
         show_report(console, report, folder=folder, seconds=seconds, peak_bytes=peak_bytes)
-        if report.status == "failed":
-            raise typer.Exit(UNVERIFIED)
+        if report.status in ENDINGS:
+            raise typer.Exit(ENDINGS[report.status])
     else:
         write(console, f"\nNext: {_command(verb.following or 'report', path, overrides)}")
 

@@ -1,4 +1,4 @@
-"""Shows what a run gave: the table of all stages, the sentence, where the report lies."""
+"""Shows what a run gave: the tables of stages and files, the sentence, where the report lies."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ NOTHING = "-"
 
 
 def show_report(console: Console, report: RunReport, *, folder: Path, seconds: float, peak_bytes: int) -> None:
-    """Prints the table, the report's sentence and choice, its warnings, and what the run took.
+    """Prints the tables, the report's sentence and choice, what falls short, its warnings, and what the run took.
 
     Args:
         console: where to.
@@ -25,10 +25,15 @@ def show_report(console: Console, report: RunReport, *, folder: Path, seconds: f
         peak_bytes: largest resident memory of this process.
     """
     console.print()
-    console.print(_table(report))
+    console.print(_stages(report))
+    if report.exports:
+        console.print(_files(report))
     write(console, report.sentence)
     if report.choice is not None:
         write(console, f"Recommended file: {report.choice.format}. {report.choice.why}")
+    for export in report.exports:
+        if _is_below(export):
+            write(console, f"below the bar: {_shortfall(export)}", style="bold yellow")
     for figure in report.expected:
         if not figure.is_reproduced:
             write(
@@ -43,20 +48,35 @@ def show_report(console: Console, report: RunReport, *, folder: Path, seconds: f
     write(console, f"Took {duration(seconds)}; at most {size(peak_bytes)} resident")
 
 
-def _table(report: RunReport) -> Table:
+def _stages(report: RunReport) -> Table:
     """One row per stage."""
     metrics = list(dict.fromkeys(name for stage in report.stages for name in stage.metrics))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("stage", no_wrap=True)
-    for name in ("nats/token", *metrics, "KL", "size", "tokens/s", "verified", "gain kept"):
-        table.add_column(name, justify="right")
-    exports = {f"{EXPORT_PREFIX}{export.format}": export for export in report.exports}
+    table = _empty("stage", "nats/token", *metrics, "KL", "size", "tokens/s")
+    unverified = {f"{EXPORT_PREFIX}{export.format}" for export in report.exports if not export.verified}
     for stage in report.stages:
-        export = exports.get(stage.name)
-        cells = [stage.name, *_measured(stage, metrics), *_judged(export)]
-        style = "bold red" if export is not None and not export.verified else ""
-        table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
+        _add(table, [stage.name, *_measured(stage, metrics)], style="bold red" if stage.name in unverified else "")
     return table
+
+
+def _files(report: RunReport) -> Table:
+    """One row per exported file: how it was made, how good it is, whether it may be used."""
+    table = _empty("file", "rung", "merged into", "gain kept", "bar", "above trained", "verified", "status")
+    for export in report.exports:
+        style = "bold red" if not export.verified else "bold yellow" if _is_below(export) else ""
+        _add(table, [export.format, *_judged(export)], style=style)
+    return table
+
+
+def _empty(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _add(table: Table, cells: list[str], *, style: str) -> None:
+    table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
 
 
 def _measured(stage: StageFigures, metrics: list[str]) -> list[str]:
@@ -80,15 +100,43 @@ def _metric(stage: StageFigures, name: str) -> str:
     return f"{factor * stage.metrics[name]:.1f}{around}"
 
 
-def _judged(export: ExportFigures | None) -> list[str]:
-    """Whether the file is faithful, and how much of the gain it keeps; dashes where the stage is no export."""
-    if export is None:
-        return [NOTHING, NOTHING]
-    verified = "yes" if export.verified else "NO"
+def _judged(export: ExportFigures) -> list[str]:
+    """How the file was made, how much of the gain it keeps, and whether it is faithful and good enough."""
+    return [
+        NOTHING if export.bits == 16 else str(export.rung),
+        export.merged_into or NOTHING,
+        _gain(export),
+        NOTHING if export.bar is None else f"{100 * export.bar:g} %",
+        f"{export.loss_above_trained:+.4f}",
+        "yes" if export.verified else "NO",
+        "BELOW THE BAR" if _is_below(export) else export.status,
+    ]
+
+
+def _gain(export: ExportFigures, *, digits: int = 1) -> str:
     if export.gain_kept is None or export.interval is None:
-        return [verified, NOTHING]
+        return NOTHING
     low, high = (100 * bound for bound in export.interval)
-    return [verified, f"{100 * export.gain_kept:.1f} % {_interval((low, high), digits=1)}"]
+    return f"{100 * export.gain_kept:.{digits}f} % {_interval((low, high), digits=digits)}"
+
+
+def _is_below(export: ExportFigures) -> bool:
+    return export.status == "below_bar"
+
+
+def _shortfall(export: ExportFigures) -> str:
+    """What the file keeps beside what is asked; its distance where there is no gain to keep."""
+    if export.bar is not None and export.gain_kept is not None:
+        # A digit more than in the table: the two may lie close together.
+        return (
+            f"{export.format} keeps {_gain(export, digits=2)} of what training won; the recipe asks for "
+            f"{100 * export.bar:g} % at the lower end"
+        )
+    high = export.loss_above_trained_interval[1]
+    return (
+        f"{export.format} has KL {export.kl_to_trained:.5f} and a loss up to {high:.4f} nats/token above the trained "
+        "model's; ladder.max_kl or ladder.max_loss_difference allows less"
+    )
 
 
 def _interval(bounds: Interval, *, digits: int) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora_trainer.cli.format_help import FORMATS_HELP
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -30,6 +32,10 @@ class Verb:
         return f"{self.does}\n\n{self.text}\n\n{example}{following}"
 
 
+ENDS = (
+    "The exit code is 1 where an exported file could not be verified, and 4 where all were verified and one is not as "
+    "good as the recipe asks (ladder.bar_int4, ladder.bar_int8)."
+)
 RESUMES = (
     "Stages that were finished before with the same settings are read back, not repeated; after an interruption "
     "the same command goes on where it stopped."
@@ -42,8 +48,7 @@ VERBS = (
         does="The whole way, from the base model to the report.",
         text="Reads the recipe, the base model and the data files that it names. Writes run.folder/run.name/: "
         "recipe.yaml, metrics.jsonl, checkpoints/, adapter/, merged/, exports/ and report.json, .md and .html. "
-        "Ends with a table of the loss at every stage. The exit code is 1 where an exported file could not be "
-        f"verified. {RESUMES}",
+        f"Ends with a table of the loss at every stage and one of the files. {ENDS} {RESUMES}",
         following=None,
     ),
     Verb(
@@ -76,17 +81,18 @@ VERBS = (
         until="merge",
         does="Merge the adapter into the base and measure that.",
         text="Writes merged/, a 16-bit model in Hugging Face layout, shard by shard, so that memory is bounded by the "
-        "largest shard. merge.into says whether the base is the dequantized one that training saw or the original.",
+        "largest shard. merge.into says which base: the dequantized one that training saw, the original, or (measured, "
+        "the default) both, of which the better on the validation rows is kept.",
         following="export",
     ),
     Verb(
         name="export",
         until="export",
         does="Write the exports, each loaded again and verified.",
-        text="Writes exports/FORMAT/. Formats: peft_adapter (the adapter alone); merged_16bit; bitsandbytes_nf4 and "
-        "bitsandbytes_int8; compressed_tensors_w4a16_g32, _g64, _g128 (4-bit integers in groups) and "
-        "compressed_tensors_w8a16. Each is loaded by its runtime and compared with the weights that were written "
-        "(verified) and with the trained model (KL, gain kept).",
+        text="Writes exports/FORMAT/ for each of export.formats. Each is loaded by its runtime and compared with the "
+        "weights that were written (verified) and with the trained model (KL, gain kept). A quantized file is made "
+        "anew, rung by rung and from both merge bases, until it meets the recipe's bar; the validation rows choose.\n\n"
+        f"{FORMATS_HELP}",
         following="report",
     ),
     Verb(
@@ -94,7 +100,7 @@ VERBS = (
         until="report",
         does="Write the report from what was measured.",
         text="Writes report.json, report.md and report.html. Stages that are missing are carried out first, so "
-        "this ends as `run` does; where none is missing it takes seconds.",
+        f"this ends as `run` does; where none is missing it takes seconds. {ENDS}",
         following=None,
     ),
 )
@@ -134,4 +140,13 @@ A recipe is one YAML file: base model, data, training, exports. Begin with
   qlora-trainer check recipes/quickstart.yaml    what it would do and need
   qlora-trainer run recipes/quickstart.yaml      the whole way
 
-Any setting can be changed on the command line: --set training.max_steps=20"""
+Any setting can be changed on the command line: --set training.max_steps=20
+
+\b
+Exit codes:
+    0  all went well
+    1  an exported file could not be verified: do not use it
+    2  something must be mended first: recipe, data, base model, run folder
+    3  training or writing a file cannot go on
+    4  every file was verified, but one is below the recipe's bar
+  130  interrupted; the same command goes on from there"""

@@ -40,6 +40,23 @@ EXPORT_BITS: Mapping[str, float] = {
     "compressed_tensors_w4a16_g64": 4 + 16 / 64,
     "compressed_tensors_w4a16_g128": 4 + 16 / 128,
     "compressed_tensors_w8a16": 8.0,
+    "compressed_tensors_w8a8": 8.0,
+    # GPTQ layout: a 16-bit scale and a zero point of the codes' width per group; gptq_w8 has them per row.
+    "gptq_w4_g32": 4 + 20 / 32,
+    "gptq_w4_g64": 4 + 20 / 64,
+    "gptq_w4_g128": 4 + 20 / 128,
+    "gptq_w8": 8.0,
+    # llama.cpp's blocks: 32 codes with a 16-bit scale, _1 with a 16-bit minimum too; K-quants in super-blocks of 256.
+    "gguf_f16": 16.0,
+    "gguf_q8_0": 8 + 16 / 32,
+    "gguf_q6_k": 210 * 8 / 256,
+    "gguf_q5_0": 5 + 16 / 32,
+    "gguf_q5_1": 5 + 32 / 32,
+    "gguf_q4_0": 4 + 16 / 32,
+    "gguf_q4_1": 4 + 32 / 32,
+    # Q5_K and Q4_K (176 and 144 bytes per 256), half of v_proj and down_proj in Q6_K: at most a fifth of all weights.
+    "gguf_q5_k_m": (0.8 * 176 + 0.2 * 210) * 8 / 256,
+    "gguf_q4_k_m": (0.8 * 144 + 0.2 * 210) * 8 / 256,
 }
 """Stored bits per value of a linear layer's weight; scales per row are counted apart, with two to four bytes each."""
 
@@ -185,7 +202,7 @@ def export_bytes(shape: ModelShape, name: str, *, adapter_bytes: int) -> int:
     Raises:
         KeyError: a format without an entry in ``EXPORT_BITS``.
     """
-    if name == "peft_adapter":
+    if name in ("peft_adapter", "gguf_adapter"):
         return adapter_bytes
     rows = shape.layers * sum(out_features for out_features, _ in shape.linears.values())
     scales = 4 * rows if EXPORT_BITS[name] == 8 else 0

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_trainer.pipeline.adapted import AdaptedModel
+from qlora_trainer.pipeline.climbing import Climbing
 from qlora_trainer.pipeline.ground import Ground, prepare
 from qlora_trainer.pipeline.ledger import Ledger
-from qlora_trainer.pipeline.measuring import Measured, MeasuredExport, Measuring
+from qlora_trainer.pipeline.measuring import Measured, MeasuredExport, Measuring, ValidationReferences
 from qlora_trainer.preflight import predict_peak_bytes
 from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
@@ -18,6 +19,7 @@ from qlora_trainer.runtime.run_log import logged_to
 from qlora_trainer.runtime.tracking import Tracker
 from qlora_trainer.stages import dataset, evaluate, export, merge, quantize, report, train
 from qlora_trainer.stages.evaluate import Subject, Teacher
+from qlora_trainer.stages.export import ExportInputs, HeldOut
 from qlora_trainer.stages.merge import MergeSource
 from qlora_trainer.stages.train import TrainingInputs
 
@@ -76,6 +78,7 @@ class Journey:
         quantized = self.quantize()
         adapted = AdaptedModel(self.recipe, self.ground, quantized, trust_remote_code=self.trust_remote_code)
         start = self.measure_quantized(quantized, adapted)
+        start_rows = self.measuring.held_out("quantized_base", quantized.key, adapted.fresh)
         trained = self.train(quantized, adapted)
         if until == "train":
             return None
@@ -83,16 +86,17 @@ class Journey:
         if until == "evaluate":
             return None
         teacher = self.teacher(quantized, trained, adapted)
+        references = self.references(quantized, trained, adapted, start_rows)
         adapted.forget()
         source = self.merge_source(quantized, trained)
         merged = self.merge(source, quantized)
         whole = self.measure_merged(merged, quantized, teacher)
         if until == "merge":
             return None
-        exports = self.export(source, merged, quantized, trained, teacher)
+        exports = self.export(source, merged, quantized, trained, teacher, references)
         if until == "export":
             return None
-        return self.report(trained, quantized, (base, start, unmerged), whole, exports)
+        return self.report(trained, quantized, merged, (base, start, unmerged), whole, exports)
 
     # Keys: each names everything that a result depends on.
 
@@ -157,17 +161,24 @@ class Journey:
         )
 
     def merge(self, source: MergeSource, quantized: QuantizedModel) -> MergedModel:
-        """The merged 16-bit folder."""
+        """The merged 16-bit folder, into the base that does better on the validation rows."""
         data_type = self.recipe.merge.data_type
+        dtype = self.recipe.quantization.compute_dtype
+
+        def nats_of(folder: Path) -> float:
+            return self.measuring.validation_nats(
+                evaluate.open_model(folder, dtype, trust_remote_code=self.trust_remote_code)
+            )
 
         def carry_out() -> MergedModel:
-            needed = self.ground.base.parameters * (4 if data_type == "float32" else 2)
+            bases = merge.bases(self.recipe)
+            needed = self.ground.base.parameters * (4 if data_type == "float32" else 2) * len(bases)
             self.folder.require_free_disk(needed, "the merged model")
-            return merge.merge(source, self.folder.merged, data_type=data_type)
+            return merge.merge_measured(source, self.folder.merged, bases=bases, data_type=data_type, nats_of=nats_of)
 
         return self.ledger.once(
             "merge",
-            self.merge_key(quantized),
+            fingerprint(self.merge_key(quantized), self.ground.bench_key),
             MergedModel,
             make=carry_out,
             describe=lambda record: f"into the {record.into} base, {record.bytes / 2**20:.1f} MiB",
@@ -180,40 +191,81 @@ class Journey:
         quantized: QuantizedModel,
         trained: TrainedAdapter,
         teacher: Teacher,
+        references: ValidationReferences,
     ) -> tuple[MeasuredExport, ...]:
         """Every file that the recipe asks for."""
-        inputs = export.ExportInputs(
+        climbing = Climbing(
+            self.recipe,
+            self.measuring,
+            folder=self.folder,
+            ledger=self.ledger,
+            inputs=self._export_inputs(source, merged, quantized, trained),
+            bases=merge.bases(self.recipe),
+            key=fingerprint(self.merge_key(quantized), merged.into),
+            references=references,
+        )
+        made = tuple(climbing.file(name, teacher) for name in self.recipe.export.formats)
+        climbing.tidy()
+        return made
+
+    def _export_inputs(
+        self, source: MergeSource, merged: MergedModel, quantized: QuantizedModel, trained: TrainedAdapter
+    ) -> ExportInputs:
+        recipe, rows = self.recipe, self.ground.rows
+        return ExportInputs(
             base=self.ground.base.folder,
             adapter_base=quantized.folder,
             adapter=trained.folder,
             merged=merged.folder,
-            weights=source.weights,
+            merged_into="original" if merged.into == "original" else "dequantized",
+            weights=lambda into, wanted=None, on_merged=None: source.with_base(into).weights(on_merged, wanted),
+            base_weights=lambda into: source.with_base(into).base_weights(),
+            factors=export.AdapterFactors(
+                lora_a={module: each.lora_a for module, each in source.factors.items()},
+                lora_b={module: each.lora_b for module, each in source.factors.items()},
+                scale=source.scale,
+                has_magnitudes=recipe.lora.use_dora,
+            ),
             layers=self.ground.layers,
-            compute_dtype=self.recipe.quantization.compute_dtype,
-            data_type=self.recipe.merge.data_type,
+            data=export.TaskData(
+                rows=rows.train,
+                pad_id=rows.pad_id,
+                stop_ids=rows.stop_ids,
+                tokenizer=rows.tokenizer,
+                seed=recipe.run.seed,
+                learning_rate=recipe.training.learning_rate,
+                steps=trained.steps,
+                batch_size=recipe.training.batch_size,
+            ),
+            calibration=recipe.calibration,
+            rounding=recipe.rounding,
+            compute_dtype=recipe.quantization.compute_dtype,
+            data_type=recipe.merge.data_type,
+            window=recipe.data.window + recipe.evaluation.max_new_tokens,
+            threads=recipe.run.threads,
+            allow_16bit_layers=recipe.export.allow_16bit_layers,
             trust_remote_code=self.trust_remote_code,
         )
-        key = self.merge_key(quantized)
-        names = self.recipe.export.formats
-        return tuple(self.measuring.export(name, key, inputs=inputs, teacher=teacher) for name in names)
 
     def report(
         self,
         trained: TrainedAdapter,
         quantized: QuantizedModel,
+        merged: MergedModel,
         before: tuple[Evaluation, ...],
-        merged: Measured,
+        whole: Measured,
         exports: tuple[MeasuredExport, ...],
     ) -> RunReport:
         """report.json, report.md and report.html; also tells the tracker."""
         rows = self.ground.rows
-        measured: tuple[Measured | MeasuredExport, ...] = (merged, *exports)
+        measured: tuple[Measured | MeasuredExport, ...] = (whole, *exports)
         measurements = report.Measurements(
             evaluations=(*before, *(each.evaluation for each in measured)),
             fidelity={each.evaluation.stage: each.fidelity for each in measured},
             exports=tuple(each.exported for each in exports),
             trained=trained,
             quantized=quantized,
+            merged=merged,
         )
         made = report.make(
             self.recipe,
@@ -236,31 +288,42 @@ class Journey:
         """The 16-bit base on the test rows."""
         base, dtype = self.ground.base, self.recipe.quantization.compute_dtype
         return self.measuring.stage(
-            Subject("base_16bit", export.RUNTIME, base.bytes),
+            Subject("base_16bit", export.BASE_RUNTIME, base.bytes),
             self.ground.content_key,
             lambda: evaluate.open_model(base.folder, dtype, trust_remote_code=self.trust_remote_code),
         )
 
     def measure_quantized(self, quantized: QuantizedModel, adapted: AdaptedModel) -> Evaluation:
         """The function that training starts from: the quantized base, with first factors where the recipe has them."""
-        subject = Subject("quantized_base", export.RUNTIME, quantized.bytes)
+        subject = Subject("quantized_base", export.BASE_RUNTIME, quantized.bytes)
         return self.measuring.stage(subject, quantized.key, adapted.fresh)
 
     def measure_trained(self, quantized: QuantizedModel, trained: TrainedAdapter, adapted: AdaptedModel) -> Evaluation:
         """Base and adapter, unmerged: the function that was trained."""
         size = quantized.bytes + sum(path.stat().st_size for path in trained.folder.glob("*.safetensors"))
-        subject = Subject("adapter_unmerged", export.RUNTIME, size)
+        subject = Subject("adapter_unmerged", export.BASE_RUNTIME, size)
         return self.measuring.stage(subject, self.training_key(quantized), lambda: adapted.trained(trained.folder))
 
     def teacher(self, quantized: QuantizedModel, trained: TrainedAdapter, adapted: AdaptedModel) -> Teacher:
         """What every file is compared with."""
         return self.measuring.teacher(self.training_key(quantized), lambda: adapted.trained(trained.folder))
 
+    def references(
+        self, quantized: QuantizedModel, trained: TrainedAdapter, adapted: AdaptedModel, start: HeldOut
+    ) -> ValidationReferences:
+        """What attempts at a file are measured against on the validation rows."""
+        key = self.training_key(quantized)
+        return ValidationReferences(
+            quantized=start,
+            trained=self.measuring.held_out("adapter_unmerged", key, lambda: adapted.trained(trained.folder)),
+            teacher=self.measuring.validation_teacher(key, lambda: adapted.trained(trained.folder)),
+        )
+
     def measure_merged(self, merged: MergedModel, quantized: QuantizedModel, teacher: Teacher) -> Measured:
         """The merged 16-bit model on the test rows."""
         dtype = self.recipe.quantization.compute_dtype
         return self.measuring.compared(
-            Subject("merged_16bit", export.RUNTIME, merged.bytes),
+            Subject("merged_16bit", export.BASE_RUNTIME, merged.bytes),
             self.merge_key(quantized),
             lambda: evaluate.open_model(merged.folder, dtype, trust_remote_code=self.trust_remote_code),
             teacher,

@@ -38,6 +38,8 @@ class Ledger:
         self.folder, self.observer = folder, observer
         self.seconds = 0.0
         self.did_work = False
+        # Stages can hold others: seconds that stages read back inside the one at work once took, one entry a level.
+        self._read_back: list[float] = []
 
     def once(
         self,
@@ -62,17 +64,21 @@ class Ledger:
         found = self.folder.load_record(file, key, record_type)
         took = self.folder.load_record(f"{file}.took", key, Took)
         if found is not None and took is not None:
-            self.seconds += took.seconds
+            self._add(took.seconds, was_read_back=True)
             self.observer.stage_done(name, describe(found), seconds=took.seconds, reused=True)
             logger.info("%s: reused", name)
             return found
         logger.info("%s: started", name)
         began = time.monotonic()
-        record = make()
-        took = Took(seconds=time.monotonic() - began)
+        self._read_back.append(0.0)
+        try:
+            record = make()
+        finally:
+            before = self._read_back.pop()
+        took = Took(seconds=time.monotonic() - began + before)
         self.folder.save_record(file, key, record)
         self.folder.save_record(f"{file}.took", key, took)
-        self.seconds += took.seconds
+        self._add(took.seconds, was_read_back=False)
         self.did_work = True
         logger.info("%s: %s (%.1f s)", name, describe(record), took.seconds)
         self.observer.stage_done(name, describe(record), seconds=took.seconds, reused=False)
@@ -94,3 +100,10 @@ class Ledger:
         self.seconds += seconds
         self.observer.stage_done(name, text, seconds=seconds, reused=reused)
         return record
+
+    def _add(self, seconds: float, *, was_read_back: bool) -> None:
+        """Counts a finished stage; inside another one its time is part of that one's, unless it was read back."""
+        if not self._read_back:
+            self.seconds += seconds
+        elif was_read_back:
+            self._read_back[-1] += seconds

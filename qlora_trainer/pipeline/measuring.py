@@ -4,7 +4,7 @@ The trained model's distributions (the teacher) are kept on disk, so that a file
 model long after that model has left memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,12 +15,14 @@ from qlora_trainer.recipe import ExportFormat, Recipe
 from qlora_trainer.records import Evaluation, ExportedModel, Fidelity
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
 from qlora_trainer.stages import evaluate, export
-from qlora_trainer.stages.evaluate import Decoding, Subject, Teacher, TestBench
+from qlora_trainer.stages.evaluate import Decoding, EncodedRow, Subject, Teacher, TestBench
+from qlora_trainer.stages.export import ExportInputs, HeldOut, Standing, WrittenExport
 
 VERIFICATION_TOKENS = 512
 """Label tokens on which a runtime is compared with the weights that were written; a wrong scale shows at the first."""
 
 OpenModel = Callable[[], nn.Module]
+Rows = Sequence[EncodedRow]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,21 @@ class MeasuredExport:
     exported: ExportedModel
     evaluation: Evaluation
     fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class ValidationReferences:
+    """What attempts are measured against on the validation rows.
+
+    Attributes:
+        quantized: the quantized base.
+        trained: base and unmerged adapter.
+        teacher: its distributions.
+    """
+
+    quantized: HeldOut
+    trained: HeldOut
+    teacher: Teacher
 
 
 class Measuring:
@@ -104,46 +121,97 @@ class Measuring:
             self._teach(open_model(), self.recipe.evaluation.kl_tokens).write(place)
         return Teacher.read(place)
 
-    def export(self, name: ExportFormat, key: str, *, inputs: export.ExportInputs, teacher: Teacher) -> MeasuredExport:
-        """One file: written, read back, opened in its runtime, judged and measured."""
-
-        def carry_out() -> MeasuredExport:
-            written = export.write(name, self.folder.exports / name, inputs)
-            reference = export.reference_model(written, inputs)
-            expected = teacher if reference is None else self._teach(reference, VERIFICATION_TOKENS)
-            del reference
-            model = export.open_in_runtime(written, inputs)
-            nearness = self._fidelity(model, expected)
-            exported = export.judge(written, difference=nearness.kl_to_trained, tokens=nearness.tokens)
-            subject = Subject(f"export:{name}", exported.runtime, exported.bytes)
-            evaluation = evaluate.evaluate(model, subject, self.bench)
-            return MeasuredExport(exported, evaluation, self._fidelity(model, teacher))
-
+    def kept_export(self, name: ExportFormat, key: str, make: Callable[[], MeasuredExport]) -> MeasuredExport:
+        """A file's record, read back where it was made from the same key."""
         return self.ledger.once(
             f"export {name}",
-            fingerprint(key, name, self.ground.bench_key),
+            key,
             MeasuredExport,
-            make=carry_out,
+            make=make,
             describe=lambda record: (
                 f"{'verified' if record.exported.verified else 'NOT VERIFIED'}, {in_words(record.evaluation)}, "
                 f"{record.exported.bytes / 2**20:.1f} MiB"
             ),
         )
 
-    def _teach(self, model: nn.Module, tokens: int) -> Teacher:
+    def export(self, written: WrittenExport, inputs: ExportInputs, *, teacher: Teacher, rung: int) -> MeasuredExport:
+        """A written file: opened in its runtime, judged, and measured on the test rows."""
+        reference = export.reference_model(written, inputs)
+        is_adapter = written.merged_into is None
+        expected = self._teach(reference, VERIFICATION_TOKENS) if reference is not None else None
+        del reference
+        opened = export.open_in_runtime(written, inputs)
+        nearness = self._fidelity(opened.model, teacher)
+        if is_adapter:
+            compared: Fidelity | None = nearness
+        else:
+            compared = None if expected is None else self._fidelity(opened.model, expected)
+        exported = export.judge(
+            written,
+            opened,
+            inputs.data,
+            difference=None if compared is None else compared.kl_to_trained,
+            tokens=0 if compared is None else compared.tokens,
+            rung=rung,
+        )
+        subject = Subject(f"export:{written.format}", exported.runtime, exported.bytes)
+        return MeasuredExport(exported, evaluate.evaluate(opened.model, subject, self.bench), nearness)
+
+    # Validation rows, which may choose.
+
+    def held_out(self, stage: str, key: str, open_model: OpenModel) -> HeldOut:
+        """A model's loss on each validation row, kept."""
+        return self.ledger.once(
+            f"validate {stage}",
+            fingerprint(key, self.ground.bench_key),
+            HeldOut,
+            make=lambda: self._held_out(open_model()),
+            describe=lambda record: f"{record.nats_per_token:.4f} nats/token",
+        )
+
+    def validation_teacher(self, key: str, open_model: OpenModel) -> Teacher:
+        """The trained model's distributions on validation rows; arguments as for ``stage``."""
+        place = self.folder.evaluations / f"trained-validation-{fingerprint(key, self.ground.bench_key)[:16]}"
+        if not place.exists():
+            self._teach(open_model(), self.recipe.evaluation.kl_tokens, self.ground.rows.validation).write(place)
+        return Teacher.read(place)
+
+    def standing(
+        self, model: nn.Module, references: ValidationReferences, bar: float | None
+    ) -> tuple[Standing, Fidelity]:
+        """Where an attempt stands: what it keeps on the validation rows, and how near it is to the trained model."""
+        fidelity = self._fidelity(model, references.teacher, self.ground.rows.validation)
+        plan = self.recipe.evaluation
+        found = export.standing(
+            self._held_out(model),
+            fidelity,
+            quantized=references.quantized,
+            trained=references.trained,
+            bar=bar,
+            ladder=self.recipe.ladder,
+            resampling=export.resampling_of(plan.bootstrap_resamples, plan.confidence, self.recipe.run.seed),
+        )
+        return found, fidelity
+
+    def _held_out(self, model: nn.Module) -> HeldOut:
+        rows, plan = self.ground.rows, self.recipe.evaluation
+        losses = evaluate.row_losses(model, rows.validation, batch_size=plan.batch_size, pad_id=rows.pad_id)
+        return HeldOut(losses.nats, losses.labels)
+
+    def _teach(self, model: nn.Module, tokens: int, rows: Rows | None = None) -> Teacher:
         return evaluate.teach(
             model,
-            self.bench.rows,
+            self.bench.rows if rows is None else rows,
             tokens=tokens,
             batch_size=self.recipe.evaluation.batch_size,
             pad_id=self.ground.rows.pad_id,
         )
 
-    def _fidelity(self, model: nn.Module, teacher: Teacher) -> Fidelity:
+    def _fidelity(self, model: nn.Module, teacher: Teacher, rows: Rows | None = None) -> Fidelity:
         return evaluate.fidelity(
             model,
             teacher,
-            self.bench.rows,
+            self.bench.rows if rows is None else rows,
             batch_size=self.recipe.evaluation.batch_size,
             pad_id=self.ground.rows.pad_id,
         )

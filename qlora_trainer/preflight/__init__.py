@@ -1,8 +1,8 @@
 """What a run would do and need, found out before anything is loaded: the ``check`` command.
 
 ``checking`` gathers everything, ``prediction`` turns recipe and rows into bytes, ``room`` is what the machine has,
-``plan`` puts the stages into words. Nothing here imports torch or transformers, so that the answer comes within
-a second.
+``plan`` puts the stages into words, ``exports`` knows how each file will be made and what it needs. Nothing here
+imports torch or transformers, so that the answer comes within a second.
 """
 
 from qlora_trainer.preflight.checking import Preflight, check

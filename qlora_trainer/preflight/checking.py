@@ -9,7 +9,7 @@ from typing import TypeVar
 from qlora_trainer.data.scoring import require_packages
 from qlora_trainer.data.sources import read_rows
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.numerics.model_shape import ModelShape
+from qlora_trainer.preflight.exports import layer_findings, package_findings, row_problems
 from qlora_trainer.preflight.plan import PlannedStage, plan
 from qlora_trainer.preflight.prediction import (
     disk_prediction,
@@ -68,6 +68,7 @@ def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
     else:
         _try_data_files(recipe.data, found)
     found.attempt(lambda: require_packages(recipe.evaluation.metrics))
+    found.add(package_findings(recipe))
     folder_of_run = RunFolder(Path(recipe.run.folder) / recipe.run.name)
     found.attempt(lambda: folder_of_run.require_own(recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS))
     if base is None or rows is None:
@@ -81,6 +82,12 @@ class _Findings:
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.notes: list[str] = []
+
+    def add(self, findings: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+        """Adds problems and notes that were found elsewhere."""
+        problems, notes = findings
+        self.problems += problems
+        self.notes += notes
 
     def attempt(self, make: Callable[[], Made]) -> Made | None:
         """What ``make`` gives; None, and a problem more, where the reader has to mend something."""
@@ -119,7 +126,8 @@ def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, found: _Finding
         # What an earlier part of the run has written makes room for its successor.
         free = free_disk_bytes(root) + _written_bytes(root)
         disk = Budget("the run", needed, free, f"disk of {recipe.run.folder}")
-        found.problems += _export_problems(recipe, shape)
+        found.add(layer_findings(recipe, shape.linears))
+    found.problems += row_problems(recipe, training_rows=len(rows.train))
     _judge(memory, disk, found)
     return Preflight(
         memory=memory,
@@ -148,23 +156,8 @@ _MENDS = {
     "training": "Lower training.micro_batch_size (and raise gradient_accumulation_steps) or data.window, or set "
     "training.gradient_checkpointing: true",
     "evaluation": "Lower evaluation.batch_size or data.window; the 16-bit base itself must fit",
+    "rounding": "Lower calibration.rows, calibration.batch_size or data.window",
 }
-
-
-def _export_problems(recipe: Recipe, shape: ModelShape) -> list[str]:
-    """Integer formats whose groups do not divide the inputs of every linear layer."""
-    problems = []
-    for name in recipe.export.formats:
-        group = name.rpartition("_g")[2]
-        if not group.isdigit():
-            continue
-        unfit = [layer for layer, (_, in_features) in shape.linears.items() if in_features % int(group)]
-        if unfit:
-            problems.append(
-                f"export.formats: {name} needs inputs in multiples of {group}; "
-                f"{', '.join(unfit)} of this base have others. Choose smaller groups or compressed_tensors_w8a16"
-            )
-    return problems
 
 
 def _written_bytes(root: Path) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_trainer.numerics.footprint import adapter_tensor_sizes
 from qlora_trainer.numerics.model_shape import ModelShape
+from qlora_trainer.preflight.exports import planned_export, planned_merge
 from qlora_trainer.preflight.prediction import training_load
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import BaseCheckpoint
@@ -31,12 +32,9 @@ def plan(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, shape: ModelShape
         PlannedStage("evaluate quantized_base", "the same rows"),
         PlannedStage("train", _training(recipe, rows, shape)),
         PlannedStage("evaluate adapter_unmerged", "the same rows"),
-        PlannedStage("merge", f"into the {recipe.merge.into} base, saved as {recipe.merge.data_type}"),
+        PlannedStage("merge", planned_merge(recipe)),
         PlannedStage("evaluate merged_16bit", "the same rows, and KL to the trained model"),
-        *(
-            PlannedStage(f"export {name}", "written, loaded again, verified, evaluated")
-            for name in recipe.export.formats
-        ),
+        *(PlannedStage(f"export {name}", planned_export(recipe, name)) for name in recipe.export.formats),
         PlannedStage("report", str(Path(recipe.run.folder) / recipe.run.name / "report.html")),
     )
 

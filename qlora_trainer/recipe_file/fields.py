@@ -1,4 +1,4 @@
-"""What can be written in a recipe: every section and setting, as the types and docstrings of ``recipe.py`` say it."""
+"""What can be written in a recipe: every section and setting, as the types and docstrings of ``recipe`` say it."""
 
 import json
 from collections.abc import Mapping

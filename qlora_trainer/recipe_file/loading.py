@@ -44,7 +44,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML text, defaults included, in the order of ``recipe.py``; ``load`` reads it back equal."""
+    """The whole recipe as YAML text, defaults included, in the order of ``recipe``; ``load`` reads it back equal."""
     return yaml.dump(
         recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
     )

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import logging as library_logging
 
-from qlora_trainer.errors import BaseModelError
+from qlora_trainer.errors import BaseModelError, MissingPackageError
 from qlora_trainer.runtime import bnb
 from qlora_trainer.runtime.device import choose_device
 
@@ -35,19 +36,30 @@ def load(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -
 
     Raises:
         BaseModelError: transformers cannot read the folder, or weights are missing or of another shape.
+        MissingPackageError: the weights' format needs a package that is not installed, as GPTQ does.
     """
     return _loaded(AutoModelForCausalLM, folder, dtype=dtype, options={"trust_remote_code": trust_remote_code})
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(folder: Path, *, trust_remote_code: bool = False, buffers_for: torch.dtype | None = None) -> nn.Module:
     """The architecture of a folder's config.json on the meta device: shapes and names, no memory; never quantized.
+
+    Args:
+        folder: its config.json is read.
+        trust_remote_code: run code that comes with the model.
+        buffers_for: keep what no file holds, such as rotary frequencies, in the CPU's memory, as a model whose
+            weights are of this type has it; None leaves that on the meta device too.
 
     Raises:
         BaseModelError: transformers does not know the architecture, or it needs code that is not trusted.
     """
     config = _config(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"), _silenced():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    place = torch.device("meta") if buffers_for is None else init_empty_weights(include_buffers=False)
+    options = {} if buffers_for is None else {"dtype": buffers_for}
+    with place, _silenced():
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+    if buffers_for is not None:
+        _fill_buffers(model)
     return model.eval()
 
 
@@ -89,6 +101,22 @@ def from_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], *, dtype: 
     """
     config = _config(folder, trust_remote_code=False)
     return _loaded(type(skeleton(folder)), None, dtype=dtype, options={"config": config, "state_dict": dict(weights)})
+
+
+def with_dynamic_activations(model: nn.Module, linear_modules: Collection[str]) -> nn.Module:
+    """Changes a dense model so that it rounds inputs as a W8A8 file's layers do, and gives it back.
+
+    Each token's input of the named layers is rounded to int8 with a scale of its own, ``max |x| / 127.5`` in the
+    input's type, as compressed-tensors does in stock transformers. With ``from_weights`` this is the reference for such
+    a file: ``load`` dequantizes its weights, but keeps rounding inputs.
+
+    Args:
+        model: of ``from_weights``.
+        linear_modules: names of the layers that the file quantizes.
+    """
+    for name in linear_modules:
+        model.get_submodule(name).register_forward_pre_hook(_with_rounded_input)
+    return model
 
 
 @torch.no_grad()
@@ -143,6 +171,16 @@ def _config(folder: Path, *, trust_remote_code: bool) -> Any:
     return config
 
 
+def _fill_buffers(model: Any) -> None:
+    """Changes buffers to what loading a folder makes of them: reckoned in float32, rounded to the buffer's type.
+
+    Building a model reckons in the model's type: GPT-J's sines and cosines in bfloat16 are other numbers then.
+    """
+    for module in model.modules():
+        if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model._init_weights(module)
+
+
 def _loaded(model_class: Any, folder: Path | None, *, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
     where = folder or "the given weights"
     try:
@@ -157,6 +195,8 @@ def _loaded(model_class: Any, folder: Path | None, *, dtype: torch.dtype, option
                 **options,
             )
             _unpack(model)
+    except ImportError as error:
+        raise MissingPackageError(f"{where}: transformers lacks a package for this model: {error}") from error
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{where}: transformers cannot load this model: {error}") from error
     problems = [f"  {name}: missing" for name in sorted(found["missing_keys"])]
@@ -171,8 +211,21 @@ def _loaded(model_class: Any, folder: Path | None, *, dtype: torch.dtype, option
     return guarded.eval()
 
 
+@torch.no_grad()
+def _with_rounded_input(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A layer's inputs with the first, of shape ``(rows, tokens, in_features)``, rounded to int8 and back."""
+    values, *others = inputs
+    # The library reduces all axes after the second: two axes, as some expert layers get, share a single scale.
+    scale = values.abs().amax(dim=tuple(range(2, values.ndim)), keepdim=True) / 127.5
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (torch.round((values / scale).clamp(-128, 127)) * scale, *others)
+
+
 def _unpack(model: Any) -> None:
-    """Unpacks compressed-tensors weights now, which the library would do at the first forward, drawing bars."""
+    """Unpacks compressed-tensors weights now, which the library would do at the first forward, drawing bars.
+
+    Layers of W8A8 files keep the library's forward, which rounds each token's input to int8.
+    """
     quantizer = vars(model).get("hf_quantizer")
     if isinstance(quantizer, CompressedTensorsHfQuantizer):
         quantizer.compressor.decompress_model(model)

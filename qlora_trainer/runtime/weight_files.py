@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.errors import BaseModelError
@@ -57,6 +57,12 @@ def read_tensors(
             yield name, tensor
 
 
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file that ``write_tensors`` wrote."""
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
     """Writes one safetensors file, replacing what was there, and gives its size in bytes.
 
@@ -79,7 +85,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
     return path.stat().st_size
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = 2 * 1024**3) -> int:
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = 256 * 1024**2) -> int:
     """Writes a model's tensors in Hugging Face layout and gives the size of the safetensors files in bytes.
 
     One shard becomes ``model.safetensors``; several get their index. At most one shard is in memory. A tensor

@@ -4,8 +4,9 @@ The merged weights are a stream: the 16-bit file is written from it, and so is e
 therefore never passes through 16 bits (a bfloat16 carrier costs most of a small delta: QUANTIZATION, section 4).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +22,16 @@ from qlora_trainer.recipe import FloatType, Recipe
 from qlora_trainer.records import BaseCheckpoint, LinearLayers, MergedModel, QuantizedModel
 from qlora_trainer.runtime.atomic import writing_folder
 from qlora_trainer.runtime.weight_files import read_tensors
+from qlora_trainer.runtime.weight_headers import read_headers
 
 MergeBase = Literal["dequantized", "original"]
 OnMerged = Callable[[str, Tensor, Tensor], None]
+Wanted = Callable[[str], bool]
+
+
+def every(_name: str) -> bool:
+    """Wants every tensor."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -50,29 +58,36 @@ class MergeSource:
     into: MergeBase
     initial: dict[str, Factors]
 
-    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the chosen base without the delta; matrices that adapters touch in float32.
+    def with_base(self, into: MergeBase) -> "MergeSource":
+        """The same delta into a base of choice."""
+        return replace(self, into=into)
+
+    def base_weights(self, wanted: Wanted = every) -> Iterator[tuple[str, Tensor]]:
+        """Every wanted tensor of the chosen base without the delta; matrices that adapters touch in float32.
 
         The dequantized base is what training multiplied by: dequantized in the compute type, biases, norms and
         embeddings in that type too.
         """
         if self.into == "dequantized":
-            yield from read_model(self.quantized, self.weight_format, linear_modules=self.layers.quantized)
+            linears = self.layers.quantized
+            yield from read_model(self.quantized, self.weight_format, linear_modules=linears, wanted=wanted)
             return
-        for name, tensor in read_tensors(self.base, check_finite=True):
+        names = [name for name in read_headers(self.base) if wanted(name)]
+        for name, tensor in read_tensors(self.base, names, check_finite=True):
             initial = self.initial.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             if initial is None:
                 yield name, tensor
             else:
                 yield name, tensor.float() - delta_weight(initial.lora_a, initial.lora_b, scale=self.scale)
 
-    def weights(self, on_merged: OnMerged | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the merged model; matrices of linear layers in float32, never rounded.
+    def weights(self, on_merged: OnMerged | None = None, wanted: Wanted | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every wanted tensor of the merged model; matrices of linear layers in float32, never rounded.
 
         Args:
             on_merged: told of each adapted matrix: module name, merged weight, base weight, both float32.
+            wanted: says by checkpoint name which tensors are read; None = all.
         """
-        for name, tensor in self.base_weights():
+        for name, tensor in self.base_weights(wanted or every):
             module = name.removesuffix(".weight")
             if not name.endswith(".weight") or module not in self.layers.quantized:
                 yield name, tensor
@@ -88,13 +103,23 @@ class MergeSource:
             yield name, merged
 
 
+def bases(recipe: Recipe) -> tuple[MergeBase, ...]:
+    """The bases that the recipe lets the delta go into, the one that training saw first.
+
+    LoftQ's factors repair the quantized base and never go into the original one.
+    """
+    if recipe.merge.into != "measured":
+        return (recipe.merge.into,)
+    return ("dequantized",) if recipe.lora.init == "loftq" else ("dequantized", "original")
+
+
 def merge_source(
     recipe: Recipe, *, base: BaseCheckpoint, quantized: QuantizedModel, layers: LinearLayers, adapter: Path
 ) -> MergeSource:
-    """The merged weights that a recipe asks for; reads the adapter, no base.
+    """The merged weights of the first of ``bases``; reads the adapter, no base.
 
     Args:
-        recipe: gives the base of the merge and the format of the quantized one.
+        recipe: gives the bases of the merge and the format of the quantized one.
         base: the 16-bit base.
         quantized: the quantized base.
         layers: which layers are quantized.
@@ -115,9 +140,43 @@ def merge_source(
         layers=layers,
         factors=factors,
         scale=settings.scale,
-        into=recipe.merge.into,
+        into=bases(recipe)[0],
         initial=initial,
     )
+
+
+def merge_measured(
+    source: MergeSource,
+    folder: Path,
+    *,
+    bases: Sequence[MergeBase],
+    data_type: FloatType,
+    nats_of: Callable[[Path], float],
+) -> MergedModel:
+    """The merged model into the base that gives the smaller loss; both are built where there are two.
+
+    Args:
+        source: what is merged.
+        folder: gets the better model.
+        bases: to be tried.
+        data_type: of the file.
+        nats_of: loss of a folder's model on rows that may choose.
+    """
+    if len(bases) == 1:
+        return merge(source.with_base(bases[0]), folder, data_type=data_type)
+    nats: dict[MergeBase, float] = {}
+    made: dict[MergeBase, MergedModel] = {}
+    for into in bases:
+        made[into] = merge(source.with_base(into), folder.with_name(f"{folder.name}-{into}"), data_type=data_type)
+        nats[into] = nats_of(made[into].folder)
+    best = min(nats, key=nats.__getitem__)
+    if folder.exists():
+        shutil.rmtree(folder)
+    made[best].folder.rename(folder)
+    for into in bases:
+        if into != best:
+            shutil.rmtree(made[into].folder)
+    return replace(made[best], folder=folder, validation_nats={into: nats[into] for into in bases})
 
 
 def merge(source: MergeSource, folder: Path, *, data_type: FloatType) -> MergedModel:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.utils import logging as library_logging
 
-from qlora_trainer.errors import BaseModelError
+from qlora_trainer.errors import BaseModelError, MissingPackageError
 from qlora_trainer.formats.bitsandbytes import Bitsandbytes
 from qlora_trainer.formats.compressed_tensors import CompressedTensors
+from qlora_trainer.formats.gptq import Gptq
 from qlora_trainer.runners import transformers as runner
 from tests.models import BOS_ID, EOS_ID, PAD_ID, quantized_copy, random_token_ids
 
 DTYPE = torch.float32
+W8A8 = CompressedTensors(8, None, activation_bits=8)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -49,7 +51,7 @@ def test_a_loaded_model_is_the_stock_one_in_evaluation_mode(dtype: torch.dtype, 
     assert all(torch.equal(part, stored[name].to(dtype)) for name, part in model.state_dict().items())
 
 
-@pytest.mark.parametrize("weight_format", [Bitsandbytes("nf4"), Bitsandbytes("int8"), CompressedTensors(4, 32)])
+@pytest.mark.parametrize("weight_format", [Bitsandbytes("nf4"), Bitsandbytes("int8"), CompressedTensors(4, 32), W8A8])
 def test_loading_and_a_first_forward_say_nothing(
     weight_format: Bitsandbytes | CompressedTensors,
     llama_folder: Path,
@@ -115,6 +117,15 @@ def test_a_folder_that_is_no_model_is_refused(llama_folder: Path, tmp_path: Path
             runner.load(folder, dtype=DTYPE)
         with pytest.raises(BaseModelError, match=f"{folder.name}: transformers cannot read config.json"):
             runner.skeleton(folder)
+
+
+def test_a_format_whose_package_is_missing_is_named_with_the_package(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantized_copy(llama_folder, tmp_path / "model", Gptq(4, 32), dtype=torch.float16)
+    monkeypatch.setattr("transformers.quantizers.quantizer_gptq.is_optimum_available", lambda: False)
+    with pytest.raises(MissingPackageError, match=r"model: transformers lacks a package .*pip install optimum"):
+        runner.load(folder, dtype=torch.float16)
 
 
 def test_code_that_comes_with_a_model_is_not_run_unless_trusted(llama_folder: Path, tmp_path: Path) -> None:
@@ -201,6 +212,68 @@ def test_given_weights_that_do_not_fit_are_refused(llama_folder: Path) -> None:
         "  lm_head.weight: missing",
         "  model.norm.weight: (63,) instead of (64,)",
     ]
+
+
+# --- inputs rounded to int8
+
+
+def one_linear(inputs: int) -> nn.Module:
+    """A model of one layer that gives its input back."""
+    model = nn.Sequential(nn.Linear(inputs, inputs, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(inputs))
+    return model
+
+
+def test_each_tokens_input_is_rounded_with_a_scale_of_its_own() -> None:
+    model = runner.with_dynamic_activations(one_linear(3), ["0"])
+    tokens = torch.tensor([[[1.0, -0.5, 0.001], [100.0, -127.5, 0.6], [0.0, 0.0, 0.0]]])
+    with torch.no_grad():
+        found = model(tokens)
+    # The largest value stands for 127.5 steps: 127 above zero, 128 (the even number) below.
+    step = 1 / 127.5
+    assert found[0, 0].tolist() == pytest.approx([127 * step, -64 * step, 0.0])
+    assert found[0, 1].tolist() == [100.0, -128.0, 1.0]
+    assert found[0, 2].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_only_the_named_layers_round_and_the_model_is_the_given_one(llama_folder: Path) -> None:
+    weights = load_file(llama_folder / "model.safetensors")
+    model = runner.from_weights(llama_folder, weights.items(), dtype=DTYPE)
+    plain = logits(model)
+    assert runner.with_dynamic_activations(model, []) is model
+    assert torch.equal(logits(model), plain)
+    # Measured: 0.041, of logits up to 3.8.
+    one = logits(runner.with_dynamic_activations(model, ["model.layers.1.mlp.down_proj"]))
+    assert 0 < (one - plain).abs().max() < 0.1
+
+
+def test_a_w8a8_file_keeps_rounding_inputs_after_its_weights_were_unpacked(llama_folder: Path, tmp_path: Path) -> None:
+    folder = quantized_copy(llama_folder, tmp_path / "model", W8A8, dtype=torch.bfloat16)
+    layer = runner.load(folder, dtype=DTYPE).get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, nn.Linear)
+    assert layer.weight.dtype == DTYPE
+    tokens = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    scale = tokens.abs().amax(dim=-1, keepdim=True) / 127.5
+    rounded = torch.round(tokens / scale).clamp(-128, 127) * scale
+    with torch.no_grad():
+        assert torch.equal(layer(tokens), nn.functional.linear(rounded, layer.weight))
+        assert not torch.equal(layer(tokens), nn.functional.linear(tokens, layer.weight))
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64), (2, 3, 5, 64)])
+def test_inputs_of_any_number_of_axes_are_rounded_as_the_library_does(
+    shape: tuple[int, ...], llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = quantized_copy(llama_folder, tmp_path / "model", W8A8, dtype=torch.bfloat16)
+    layer = runner.load(folder, dtype=DTYPE).get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, nn.Linear)
+    dense = nn.Linear(64, 128, bias=False)
+    with torch.no_grad():
+        dense.weight.copy_(layer.weight)
+        reference = runner.with_dynamic_activations(nn.Sequential(dense), ["0"])
+        values = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(layer(values), reference(values))
 
 
 # --- generation

@@ -7,11 +7,14 @@ import torch
 from peft import PeftModel
 
 from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
+from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.formats.peft_adapter import AdapterSettings, factors_of, write
 from qlora_trainer.recipe import Lora, Quantization, Recipe
 from qlora_trainer.records import BaseCheckpoint, LinearLayers, QuantizedModel
-from qlora_trainer.stages import adapt, quantize
-from tests.models import BOS_ID, EOS_ID, VOCABULARY_SIZE
+from qlora_trainer.stages import adapt, merge, quantize
+from qlora_trainer.stages.export import AdapterFactors, ExportInputs, TaskData
+from qlora_trainer.stages.merge import MergeSource
+from tests.models import BOS_ID, EOS_ID, PAD_ID, VOCABULARY_SIZE
 
 
 def recipe_for(base: Path, folder: Path, **sections: dict[str, object]) -> Recipe:
@@ -22,6 +25,7 @@ def recipe_for(base: Path, folder: Path, **sections: dict[str, object]) -> Recip
         "quantization": {"cache_folder": str(folder / "quantized"), "compute_dtype": "float32"},
         "lora": {"rank": 4, "alpha": 8.0},
         "data": {"train": "none.jsonl", "validation_rows": 2, "test_rows": 2},
+        "calibration": {"rows": 16, "batch_size": 8},
         "training": {
             "learning_rate": 0.01,
             "max_steps": 4,
@@ -81,6 +85,52 @@ class Bench:
         )
         write(folder, factors_of(model), settings)
         return folder
+
+
+def export_inputs(bench: Bench, adapter: Path, folder: Path, *, rows: int = 24) -> ExportInputs:
+    """What exporting works on, as the pipeline puts it together; writes the merged 16-bit folder."""
+    recipe = bench.recipe
+    source = merge.merge_source(
+        recipe, base=bench.base, quantized=bench.quantized, layers=bench.layers, adapter=adapter
+    )
+    merged = merge.merge(source, folder / "merged", data_type="bfloat16")
+    return ExportInputs(
+        base=bench.base.folder,
+        adapter_base=bench.quantized.folder,
+        adapter=adapter,
+        merged=merged.folder,
+        merged_into="dequantized",
+        weights=lambda into, wanted=None, on_merged=None: source.with_base(into).weights(on_merged, wanted),
+        base_weights=lambda into: source.with_base(into).base_weights(),
+        factors=factors_in(source, has_magnitudes=recipe.lora.use_dora),
+        layers=bench.layers,
+        data=TaskData(
+            rows=random_rows(rows),
+            pad_id=PAD_ID,
+            stop_ids=(EOS_ID,),
+            tokenizer=TextTokenizer.load(bench.base.folder),
+            seed=0,
+            learning_rate=0.01,
+            steps=8,
+            batch_size=4,
+        ),
+        calibration=recipe.calibration,
+        rounding=recipe.rounding,
+        compute_dtype="float32",
+        data_type="bfloat16",
+        window=64,
+        threads=1,
+    )
+
+
+def factors_in(source: MergeSource, *, has_magnitudes: bool = False) -> AdapterFactors:
+    """A merge source's factors as exporting wants them."""
+    return AdapterFactors(
+        lora_a={module: each.lora_a for module, each in source.factors.items()},
+        lora_b={module: each.lora_b for module, each in source.factors.items()},
+        scale=source.scale,
+        has_magnitudes=has_magnitudes,
+    )
 
 
 def bench_for(recipe: Recipe) -> Bench:

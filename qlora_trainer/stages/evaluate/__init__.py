@@ -4,13 +4,15 @@
 them into one record.
 """
 
+from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.stages.evaluate.fidelity import Teacher, fidelity, teach
 from qlora_trainer.stages.evaluate.generation import Decoding
-from qlora_trainer.stages.evaluate.loss import held_out_nats
+from qlora_trainer.stages.evaluate.loss import held_out_nats, row_losses
 from qlora_trainer.stages.evaluate.whole import Subject, TestBench, evaluate, open_model
 
 __all__ = [
     "Decoding",
+    "EncodedRow",
     "Subject",
     "Teacher",
     "TestBench",
@@ -18,5 +20,6 @@ __all__ = [
     "fidelity",
     "held_out_nats",
     "open_model",
+    "row_losses",
     "teach",
 ]

@@ -1,6 +1,5 @@
 """Composes report.json: every figure of the run, each with its interval or the reason why it has none."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
 from statistics import median
@@ -8,10 +7,8 @@ from statistics import median
 from qlora_trainer.numerics.bootstrap import Resampling
 from qlora_trainer.records import (
     Evaluation,
-    ExportedModel,
     ExportFigures,
     Fidelity,
-    Gap,
     QuantizedModel,
     RunReport,
     StageFigures,
@@ -20,16 +17,18 @@ from qlora_trainer.records import (
 )
 from qlora_trainer.stages.report.choice import choose
 from qlora_trainer.stages.report.expectations import compare, not_measured
-from qlora_trainer.stages.report.gap import compute_gap, gain_kept, why_no_gain
-from qlora_trainer.stages.report.inputs import QUANTIZED, TRAINED, Circumstances, Measurements, stage_of
-from qlora_trainer.stages.report.sentence import in_words
+from qlora_trainer.stages.report.export_figures import Yardstick, export_figures, left_out
+from qlora_trainer.stages.report.gap import compute_gap
+from qlora_trainer.stages.report.inputs import TRAINED, Circumstances, Measurements, stage_of
+from qlora_trainer.stages.report.sentence import Asked, in_words
 
 
 def compose(*, measurements: Measurements, circumstances: Circumstances, resampling: Resampling) -> RunReport:
     """The whole report as figures.
 
     A stage whose figures are missing or not finite, such as an export that no runtime could load, has no row; a
-    warning of the report names it, and the status is ``failed``.
+    warning of the report names it, and the status is ``failed``. Where every file was verified and one is not as good
+    as the recipe asks, it is ``below_bar``.
 
     Raises:
         ValueError: a stage that the gap needs is missing, or stages were measured on different rows.
@@ -38,18 +37,24 @@ def compose(*, measurements: Measurements, circumstances: Circumstances, resampl
     evaluations = {evaluation.stage: evaluation for evaluation in measured.evaluations}
     gap = compute_gap(evaluations, resampling)
     stages = tuple(_stage(evaluation, measured.fidelity.get(evaluation.stage)) for evaluation in measured.evaluations)
-    exports = tuple(
-        _export(export, evaluations, fidelity=measured.fidelity, gap=gap, resampling=resampling)
-        for export in measured.exports
-    )
-    choice = choose(exports, stages)
+    ladder = circumstances.ladder
+    yardstick = Yardstick(gap=gap, ladder=ladder, resampling=resampling)
+    exports = tuple(export_figures(export, measured, yardstick) for export in measured.exports)
+    choice = choose(exports, stages, ladder=ladder)
+    notes = tuple(sentence for export in measured.exports for sentence in left_out(export))
     peak_bytes = max(measured.trained.peak_bytes, *(stage.peak_bytes for stage in stages))
     expected = circumstances.expected
     return RunReport(
         recipe=circumstances.recipe_text,
-        status="failed" if lost or not all(export.verified for export in exports) else "complete",
+        status="failed" if lost else _status(exports),
         seconds=circumstances.seconds,
-        sentence=in_words(gap, stages=stages, exports=exports, choice=choice, base_bits=measured.quantized.bits),
+        sentence=in_words(
+            gap,
+            stages=stages,
+            exports=exports,
+            choice=choice,
+            asked=Asked(base_bits=measured.quantized.bits, ladder=ladder),
+        ),
         training=_training(measured.trained),
         stages=stages,
         gap=gap,
@@ -58,8 +63,17 @@ def compose(*, measurements: Measurements, circumstances: Circumstances, resampl
         quantization=_quantization(measured.quantized),
         expected=compare(expected, stages, seconds=circumstances.seconds, peak_bytes=peak_bytes),
         environment=dict(circumstances.environment),
-        warnings=(*circumstances.warnings, *lost, *not_measured(expected, stages)),
+        warnings=(*circumstances.warnings, *lost, *notes, *not_measured(expected, stages)),
+        merge_base={} if measured.merged is None else dict(measured.merged.validation_nats),
     )
+
+
+def _status(exports: tuple[ExportFigures, ...]) -> str:
+    """The worst of all files'."""
+    found = {export.status for export in exports}
+    if "unverified" in found:
+        return "failed"
+    return "below_bar" if "below_bar" in found else "complete"
 
 
 def _set_apart_unmeasured(measurements: Measurements) -> tuple[Measurements, tuple[str, ...]]:
@@ -100,36 +114,6 @@ def _stage(evaluation: Evaluation, fidelity: Fidelity | None) -> StageFigures:
         peak_bytes=evaluation.peak_bytes,
         kl_to_trained=None if fidelity is None or evaluation.stage == TRAINED else fidelity.kl_to_trained,
         top1_agreement=None if fidelity is None or evaluation.stage == TRAINED else fidelity.top1_agreement,
-    )
-
-
-def _export(
-    export: ExportedModel,
-    evaluations: Mapping[str, Evaluation],
-    *,
-    fidelity: Mapping[str, Fidelity],
-    gap: Gap,
-    resampling: Resampling,
-) -> ExportFigures:
-    stage = stage_of(export.format)
-    kept = gain_kept(
-        evaluations[stage], quantized=evaluations[QUANTIZED], trained=evaluations[TRAINED], resampling=resampling
-    )
-    return ExportFigures(
-        format=export.format,
-        bits=export.bits,
-        path=str(export.folder),
-        bytes=export.bytes,
-        runtime=export.runtime,
-        rung=export.rung,
-        gain_kept=None if kept is None else kept[0],
-        interval=None if kept is None else kept[1],
-        why_null=why_no_gain(gap) if kept is None else None,
-        kl_to_trained=fidelity[stage].kl_to_trained,
-        top1_agreement=fidelity[stage].top1_agreement,
-        verified=export.verified,
-        verification=export.verification,
-        sha256=dict(export.sha256),
     )
 
 

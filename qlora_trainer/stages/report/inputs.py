@@ -1,11 +1,11 @@
 """What the report is made of: records that other stages handed on, and what the run knows about itself."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qlora_trainer.numerics.bootstrap import Resampling
-from qlora_trainer.recipe import Expected
-from qlora_trainer.records import Evaluation, ExportedModel, Fidelity, QuantizedModel, TrainedAdapter
+from qlora_trainer.recipe import Expected, Ladder
+from qlora_trainer.records import Evaluation, ExportedModel, Fidelity, MergedModel, QuantizedModel, TrainedAdapter
 
 BASE, QUANTIZED, TRAINED = "base_16bit", "quantized_base", "adapter_unmerged"
 EXPORT_PREFIX = "export:"
@@ -26,6 +26,7 @@ class Measurements:
         exports: what was written, whether or not it could be evaluated.
         trained: the result of training.
         quantized: the quantized base and what quantization did to each layer.
+        merged: the merged 16-bit model; None leaves the report without a word on which base it went into.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -33,6 +34,7 @@ class Measurements:
     exports: tuple[ExportedModel, ...]
     trained: TrainedAdapter
     quantized: QuantizedModel
+    merged: MergedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Circumstances:
         seconds: of the whole run, over all resumed parts.
         environment: versions, hardware and command, by name, in the order to show them.
         warnings: what the reader should know besides the figures, one sentence each.
+        ladder: what the recipe asks of quantized files.
     """
 
     recipe_text: str
@@ -52,6 +55,7 @@ class Circumstances:
     seconds: float
     environment: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    ladder: Ladder = field(default_factory=Ladder)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_trainer.records import ExportFigures
 
-SERVED_BY_VLLM = ("merged_16bit", "bitsandbytes_nf4", "compressed_tensors_")
+SERVED_BY_VLLM = ("merged_16bit", "bitsandbytes_nf4", "compressed_tensors_", "gptq_")
 """Formats, or their beginnings, that vLLM documents to load from a folder as it stands."""
 
 
@@ -19,7 +21,7 @@ class Snippet:
 
 
 def snippets(export: ExportFigures, *, quantized_base: str) -> tuple[Snippet, ...]:
-    """How to load one export with transformers, PEFT or vLLM.
+    """How to load one export with transformers, PEFT, vLLM or llama.cpp.
 
     Args:
         export: the file set.
@@ -27,10 +29,30 @@ def snippets(export: ExportFigures, *, quantized_base: str) -> tuple[Snippet, ..
     """
     if export.format == "peft_adapter":
         return (Snippet("PEFT", _peft(export.path, quantized_base)),)
-    found = [Snippet("transformers", _transformers(export.path))]
+    if export.format.startswith("gguf_"):
+        return tuple(_llama_cpp(export))
+    needs = " (needs: pip install gptqmodel optimum)" if export.format.startswith("gptq_") else ""
+    found = [Snippet(f"transformers{needs}", _transformers(export.path))]
     if export.format.startswith(SERVED_BY_VLLM):
         found.append(Snippet("vLLM (not started by this run)", f"vllm serve {shlex.quote(export.path)}"))
     return tuple(found)
+
+
+def _llama_cpp(export: ExportFigures) -> Iterator[Snippet]:
+    """A GGUF file is named; a folder is nothing that llama.cpp opens."""
+    named = next((name for name in sorted(export.sha256) if name.endswith(".gguf")), "")
+    file = str(Path(export.path) / named)
+    title = "llama-cpp-python (needs: pip install llama-cpp-python)"
+    if export.format == "gguf_adapter":
+        base = '# A GGUF file of the base that the adapter was trained on.\nbase = "base.gguf"\n'
+        yield Snippet(title, _llama(f"model_path=base, lora_path={json.dumps(file)}", before=base))
+        return
+    yield Snippet(title, _llama(f"model_path={json.dumps(file)}"))
+    yield Snippet("llama.cpp (not started by this run)", f"llama-server --model {shlex.quote(file)}")
+
+
+def _llama(arguments: str, *, before: str = "") -> str:
+    return f"from llama_cpp import Llama\n\n{before}model = Llama({arguments})"
 
 
 def _transformers(path: str) -> str:

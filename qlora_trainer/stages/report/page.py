@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qlora_trainer.records import ExportFigures, LayerDistortion, RunReport, TrainedAdapter
-from qlora_trainer.stages.report.choice import BAR
 from qlora_trainer.stages.report.glossary import GLOSSARY
 from qlora_trainer.stages.report.inputs import BASE, TRAINED, Measurements, Notes
 from qlora_trainer.stages.report.loading import Snippet, snippets
+from qlora_trainer.stages.report.making import Making, makings, merge_base_in_words, survived_table
 from qlora_trainer.stages.report.tables import (
     Table,
     Tone,
@@ -16,6 +16,7 @@ from qlora_trainer.stages.report.tables import (
     gap_table,
     layers_table,
     samples_table,
+    status_cell,
 )
 from qlora_trainer.stages.report.wording import (
     count_of,
@@ -27,7 +28,8 @@ from qlora_trainer.stages.report.wording import (
     size,
 )
 
-NO_CHOICE = f"none. No verified file keeps {percent(BAR, 0)} of what training won at the lower end of its interval."
+NO_CHOICE = "none. No verified file is as good as the recipe asks."
+STATUS_WORDS = {"complete": "complete", "below_bar": "below the bar", "failed": "failed"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ExportDetails:
         format: name of the format.
         path: where it lies.
         verification: what was compared, with the figures.
-        tone: ``good`` where it is verified.
+        tone: ``good`` where it may be used.
         is_recommended: whether the report chose it.
         snippets: how to load it.
         checksums: lines that ``sha256sum --check`` reads.
@@ -79,6 +81,9 @@ class Page:
     export_details: tuple[ExportDetails, ...]
     recommendation: str
     why_no_gain: str
+    makings: tuple[Making, ...]
+    merge_base: str
+    survived: Table
     expected: Table
     training: tuple[Fact, ...]
     audit: tuple[str, ...]
@@ -102,7 +107,7 @@ def lay_out(report: RunReport, *, measurements: Measurements, notes: Notes) -> P
     quantized_base = str(measurements.quantized.folder)
     return Page(
         name=notes.name,
-        status=report.status,
+        status=STATUS_WORDS.get(report.status, report.status),
         sentence=report.sentence,
         warnings=report.warnings,
         headline=tuple(_headline(report)),
@@ -113,6 +118,9 @@ def lay_out(report: RunReport, *, measurements: Measurements, notes: Notes) -> P
         export_details=tuple(_details(export, report, quantized_base=quantized_base) for export in report.exports),
         recommendation=_recommendation(report),
         why_no_gain=next((export.why_null for export in report.exports if export.why_null is not None), ""),
+        makings=makings(report.exports),
+        merge_base=merge_base_in_words(measurements.merged),
+        survived=survived_table(report.exports),
         expected=expected_table(report.expected),
         training=tuple(_training(report, measurements.trained)),
         audit=notes.audit,
@@ -153,9 +161,22 @@ def _headline(report: RunReport) -> Iterable[Fact]:
         share = percent(chosen.bytes / before.bytes, 0)
         yield Fact("Recommended file", size(chosen.bytes), f"{chosen.format}, {share} of the 16-bit base")
     if report.exports:
-        verified = sum(export.verified for export in report.exports)
-        yield Fact("Files verified", f"{verified} of {len(report.exports)}", "loaded again by their runtime")
+        yield _files(report.exports)
     yield Fact("Whole run", duration(report.seconds))
+
+
+def _files(exports: tuple[ExportFigures, ...]) -> Fact:
+    verified = sum(export.verified for export in exports)
+    tone: Tone = "plain" if verified == len(exports) else "bad"
+    held = [export for export in exports if export.bar is not None]
+    if not held:
+        return Fact("Files verified", f"{verified} of {len(exports)}", "loaded again by their runtime", tone)
+    met = sum(export.status == "complete" for export in held)
+    if tone == "plain" and met < len(held):
+        tone = "warn"
+    return Fact(
+        "Files that meet their bar", f"{met} of {len(held)}", f"{verified} of all {len(exports)} verified", tone
+    )
 
 
 def _gap(report: RunReport) -> Iterable[Fact]:
@@ -174,7 +195,7 @@ def _details(export: ExportFigures, report: RunReport, *, quantized_base: str) -
         format=export.format,
         path=export.path,
         verification=export.verification,
-        tone="good" if export.verified else "bad",
+        tone=status_cell(export).tone,
         is_recommended=report.choice is not None and report.choice.format == export.format,
         snippets=snippets(export, quantized_base=quantized_base),
         checksums="\n".join(lines),

@@ -14,7 +14,8 @@ TRAINED_OPEN, TRAINED_CLOSE = "⟦", "⟧"
 
 def render_markdown(page: Page) -> str:
     """The whole page as Markdown."""
-    blocks = (*_top(page), *_loss(page), *_exports(page), *_training(page), *_layers(page), *_end(page))
+    parts = (_top, _loss, _exports, _making, _training, _layers, _end)
+    blocks = (block for part in parts for block in part(page))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -58,6 +59,24 @@ def _exports(page: Page) -> Iterator[str]:
         yield f"Gain kept is not given: {escape(page.why_no_gain)}."
     for details in page.export_details:
         yield from _export_details(details)
+
+
+def _making(page: Page) -> Iterator[str]:
+    if page.merge_base:
+        yield "## Which base the adapter went into"
+        yield escape(page.merge_base)
+    if page.makings:
+        yield "## How each file was made"
+        yield "Figures of attempts come from the validation rows, which alone choose."
+    for making in page.makings:
+        yield f"### {escape(making.format)}: attempts"
+        yield escape(making.asked)
+        yield _table(making.attempts) if making.attempts.rows else ""
+        yield "\n".join(f"- {escape(remark)}" for remark in making.remarks)
+    if page.survived.rows:
+        yield "## What survived of the learned delta"
+        yield "Share of each layer's learned change that is in the file; a map of all layers is in report.html."
+        yield _table(page.survived)
 
 
 def _export_details(details: ExportDetails) -> Iterator[str]:

@@ -1,11 +1,26 @@
 """The report in a few sentences that a reader needs no glossary for."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import Choice, ExportFigures, Gap, StageFigures
-from qlora_trainer.stages.report.choice import BAR
+from qlora_trainer.stages.report.bars import shortfall
 from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of
 from qlora_trainer.stages.report.wording import percent, significant
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the recipe asks for, as far as the sentence tells it.
+
+    Attributes:
+        base_bits: bits of a weight of the quantized base.
+        ladder: what is asked of quantized files.
+    """
+
+    base_bits: int
+    ladder: Ladder
 
 
 def in_words(
@@ -14,21 +29,22 @@ def in_words(
     stages: tuple[StageFigures, ...],
     exports: tuple[ExportFigures, ...],
     choice: Choice | None,
-    base_bits: int,
+    asked: Asked,
 ) -> str:
     """What storing cost, what training won, what the recommended file keeps, and what must not be used.
 
     Args:
         gap: costs and gains in nats per token.
         stages: every measured stage, for exact match where it was measured.
-        exports: every file, for those that are not verified.
+        exports: every file, for those that are below their bar or not verified.
         choice: the recommended file.
-        base_bits: bits of a weight of the quantized base.
+        asked: what the recipe asks for.
     """
     by_name = {stage.name: stage for stage in stages}
     parts = (
-        f"{_storing(gap, base_bits)}; {_training(gap)}{_keeping(gap, exports, choice=choice)}.",
+        f"{_storing(gap, asked.base_bits)}; {_training(gap)}{_keeping(gap, exports, choice=choice)}.",
         _exact(by_name, choice),
+        _below_bar(exports, asked.ladder),
         _unverified(exports),
     )
     return " ".join(part for part in parts if part)
@@ -59,7 +75,7 @@ def _keeping(gap: Gap, exports: tuple[ExportFigures, ...], *, choice: Choice | N
         return ""
     chosen = next((export for export in exports if choice is not None and export.format == choice.format), None)
     if chosen is None or chosen.gain_kept is None:
-        return f", but no verified file is sure to keep {percent(BAR, 0)} of that"
+        return ", but no verified file is sure to keep as much of that as the recipe asks"
     return f", and {_name(chosen)} keeps {percent(chosen.gain_kept)} of that"
 
 
@@ -84,6 +100,12 @@ def _exact_match(stages: Mapping[str, StageFigures], *names: str) -> float | Non
     """The first of the named stages that has the metric."""
     found = (stages[name].metrics.get("exact_match") for name in names if name in stages)
     return next((value for value in found if value is not None), None)
+
+
+def _below_bar(exports: tuple[ExportFigures, ...], ladder: Ladder) -> str:
+    """One sentence for each verified file that is not as good as the recipe asks."""
+    below = (export for export in exports if export.status == "below_bar")
+    return " ".join(f"{export.format} is below the recipe's bar: {shortfall(export, ladder)}." for export in below)
 
 
 def _unverified(exports: tuple[ExportFigures, ...]) -> str:

@@ -40,6 +40,7 @@ def make(
             seconds=seconds,
             environment=folder.environment,
             warnings=rows.notes,
+            ladder=recipe.ladder,
         ),
         resampling=resampling,
     )

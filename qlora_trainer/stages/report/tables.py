@@ -4,15 +4,18 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
+from qlora_trainer.export_formats import FACTS
 from qlora_trainer.records import (
     Evaluation,
     ExpectedFigure,
     ExportFigures,
+    Interval,
     LayerDistortion,
     RunReport,
     Sample,
     StageFigures,
 )
+from qlora_trainer.stages.report.bars import bar_in_words
 from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of
 from qlora_trainer.stages.report.wording import (
     count_of,
@@ -21,11 +24,12 @@ from qlora_trainer.stages.report.wording import (
     nats,
     percent,
     perplexity,
+    signed_nats,
     significant,
     size,
 )
 
-Tone = Literal["plain", "good", "bad"]
+Tone = Literal["plain", "good", "warn", "bad"]
 DASH = "—"
 WORST_LAYERS = 5
 
@@ -35,6 +39,15 @@ STAGE_NOTES = {
     TRAINED: "the trained model: quantized base + adapter",
     "merged_16bit": "adapter merged into the weights",
 }
+RUNGS = (
+    "round to nearest",
+    "GPTQ",
+    "GPTQ + tuned scales",
+    "learned rounding + tuned scales",
+    "quantization-aware merging + tuned scales",
+    "more bits for the worst layers",
+)
+ROUNDED_BY_LIBRARY = frozenset[str](name for name, facts in FACTS.items() if facts.kind == "library")
 METRIC_TITLES = {
     "exact_match": "Exact match",
     "slot_f1": "Slot F1",
@@ -81,16 +94,48 @@ def gap_table(report: RunReport) -> Table:
 
 
 def exports_table(report: RunReport) -> Table:
-    """Every exported file: how good, how near, how large, and whether it is what was meant to be written."""
+    """Every exported file: how good, how near, how large, how it was made, and whether it may be used."""
     chosen = None if report.choice is None else report.choice.format
-    titles = ("Bits", "Size", "Gain kept", "KL to trained, nats", "Top-1 agreement")
+    titles = ("Bits", "Size", "Gain kept", "Bar", "Loss above trained", "KL to trained, nats", "Top-1 agreement")
     columns = (
         Column("Format", is_number=False),
+        Column("Status", is_number=False),
         *map(Column, titles),
-        Column("Runtime", is_number=False),
-        Column("Verified", is_number=False),
+        Column("Made by", is_number=False),
     )
     return Table(columns, tuple(_export_row(export, is_chosen=export.format == chosen) for export in report.exports))
+
+
+def status_cell(export: ExportFigures) -> Cell:
+    """Whether a file may be used: faithful, and as good as the recipe asks."""
+    if not export.verified:
+        return Cell("✗ not verified", f"in {export.runtime}", tone="bad")
+    verified = f"verified in {export.runtime}"
+    if export.status == "below_bar":
+        return Cell("▼ below the bar", verified, tone="warn")
+    return (
+        Cell("✓ verified", f"in {export.runtime}", tone="good")
+        if export.bar is None
+        else Cell("✓ meets the bar", verified, tone="good")
+    )
+
+
+def made_by(export: ExportFigures) -> Cell:
+    """The method that made a file, with its rung and the base that the adapter went into."""
+    into = "" if export.merged_into is None else f"{export.merged_into} base"
+    if export.bits == 16:
+        return Cell(DASH, into)
+    shipped = next((attempt for attempt in export.attempts if attempt.is_shipped), None)
+    method = "rounded by its library" if export.format in ROUNDED_BY_LIBRARY else RUNGS[export.rung]
+    method = method if shipped is None else shipped.method
+    return Cell(method, f"rung {export.rung}{', ' if into else ''}{into}")
+
+
+def gain_cell(share: float | None, bounds: Interval | None) -> Cell:
+    """A share of what training won with its interval; a dash where there is none."""
+    if share is None or bounds is None:
+        return Cell(DASH)
+    return Cell(percent(share), f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}")
 
 
 def expected_table(figures: tuple[ExpectedFigure, ...]) -> Table:
@@ -162,23 +207,19 @@ def _badge(verified: bool) -> Cell:  # noqa: FBT001 - the one argument is the ba
 
 
 def _export_row(export: ExportFigures, *, is_chosen: bool) -> tuple[Cell, ...]:
+    above = interval(export.loss_above_trained_interval, signed_nats)
     return (
         Cell(export.format, "recommended" if is_chosen else "", tone="good" if is_chosen else "plain"),
+        status_cell(export),
         Cell(str(export.bits)),
         Cell(size(export.bytes)),
-        _gain_cell(export),
+        gain_cell(export.gain_kept, export.interval),
+        Cell(DASH if export.bar is None else bar_in_words(export.bar)),
+        Cell(signed_nats(export.loss_above_trained), above),
         Cell(significant(export.kl_to_trained)),
         Cell(percent(export.top1_agreement, 2)),
-        Cell(export.runtime),
-        _badge(export.verified),
+        made_by(export),
     )
-
-
-def _gain_cell(export: ExportFigures) -> Cell:
-    if export.gain_kept is None or export.interval is None:
-        return Cell(DASH)
-    low, high = export.interval
-    return Cell(percent(export.gain_kept), f"{100 * low:.1f} to {100 * high:.1f}")
 
 
 def _expected_row(figure: ExpectedFigure) -> tuple[Cell, ...]:

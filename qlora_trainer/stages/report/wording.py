@@ -14,6 +14,11 @@ def nats(value: float) -> str:
     return f"{value:.4f}"
 
 
+def signed_nats(value: float) -> str:
+    """A difference of losses with its sign, such as ``+0.0012`` or ``-0.0003``."""
+    return f"{value:+.4f}"
+
+
 def perplexity(nats_per_token: float) -> str:
     """``exp`` of a loss, to about three digits."""
     if nats_per_token > LARGEST_EXPONENT:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from qlora_trainer.records import RunReport
 from qlora_trainer.runtime.atomic import write_text
+from qlora_trainer.stages.report.heatmap import survived_map
 from qlora_trainer.stages.report.inputs import Measurements, Notes
 from qlora_trainer.stages.report.page import lay_out
 from qlora_trainer.stages.report.plot import stages_plot, training_plot
@@ -26,7 +27,10 @@ def write(folder: Path, report: RunReport, *, measurements: Measurements, notes:
     """
     page = lay_out(report, measurements=measurements, notes=notes)
     html = render_html(
-        page, stages_svg=stages_plot(report.stages), training_svg=training_plot(measurements.trained.curve)
+        page,
+        stages_svg=stages_plot(report.stages),
+        training_svg=training_plot(measurements.trained.curve),
+        survived_svg=survived_map(report.exports),
     )
     write_text(folder / "report.json", _writable(render_json(report)))
     write_text(folder / "report.md", _writable(render_markdown(page)))

@@ -1,4 +1,5 @@
-"""A run as a small Llama on a slot-filling task would give it: ten stages, six files, one malicious sample."""
+"""A run as a small Llama on a slot-filling task would give it: ten stages, six files, one of them below its bar, one
+malicious sample."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 from qlora_trainer.numerics.bootstrap import Resampling, ratio_interval
 from qlora_trainer.recipe import Expected
 from qlora_trainer.records import (
+    Attempt,
     Evaluation,
     ExportedModel,
     Fidelity,
     LayerDistortion,
+    MergedModel,
     QuantizedModel,
     RunReport,
     Sample,
@@ -101,6 +104,60 @@ def stage_evaluation(stage: str) -> Evaluation:
     )
 
 
+LAYERS = tuple(
+    f"model.layers.{layer}.{name}"
+    for layer in range(6)
+    for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+)
+# Rung, method, merge base, validation loss, gain kept, KL.
+ATTEMPTS = {
+    "compressed_tensors_w4a16_g32": (
+        (0, "round to nearest", "dequantized", 0.2411, 0.967, 0.0931),
+        (2, "GPTQ + tuned scales", "dequantized", 0.1561, 0.9941, 0.0149),
+        (2, "GPTQ + tuned scales", "original", 0.1612, 0.9925, 0.0177),
+    ),
+    "compressed_tensors_w4a16_g128": (
+        (0, "round to nearest", "dequantized", 0.3013, 0.948, 0.1402),
+        (4, "quantization-aware merging + tuned scales", "original", 0.2190, 0.9745, 0.0701),
+    ),
+    "compressed_tensors_w8a16": ((0, "round to nearest", "dequantized", 0.1401, 0.9999, 0.0003),),
+}
+WHY_ENDED = {
+    "compressed_tensors_w4a16_g32": "rung 2 meets the bar",
+    "compressed_tensors_w4a16_g128": "rung 4 is the last that the recipe allows",
+    "compressed_tensors_w8a16": "rung 0 meets the bar",
+}
+
+
+def attempts(name: str) -> tuple[Attempt, ...]:
+    """What was tried for a format; the nearest to the trained model was shipped."""
+    tried = ATTEMPTS.get(name, ())
+    best = min((kl for *_, kl in tried), default=0.0)
+    return tuple(
+        Attempt(
+            rung=rung,
+            method=method,
+            merged_into=base,
+            nats_per_token=loss,
+            gain_kept=kept,
+            interval=(kept - 0.001, kept + 0.001),
+            kl_to_trained=kl,
+            top1_agreement=1 - kl / 2,
+            bytes=6_410_000,
+            seconds=12.5 * (rung + 1),
+            meets_bar=kept - 0.001 >= 0.98,
+            is_shipped=kl == best,
+        )
+        for rung, method, base, loss, kept, kl in tried
+    )
+
+
+def survived(name: str) -> dict[str, float]:
+    """The dead-zone meter of a format: coarser grids lose more, and the later layers most."""
+    step = {"bitsandbytes_nf4": 0.052, "compressed_tensors_w4a16_g32": 0.004, "compressed_tensors_w4a16_g128": 0.02}
+    return {layer: 1.0 - step.get(name, 0.0) * place for place, layer in enumerate(LAYERS)}
+
+
 def exported(stage: str) -> ExportedModel:
     name = stage.removeprefix("export:")
     is_whole = name != "peft_adapter"
@@ -110,12 +167,18 @@ def exported(stage: str) -> ExportedModel:
         folder=Path("runs/quickstart/exports") / name,
         bytes=STAGES[stage][5] + 310_000,
         runtime="transformers",
-        rung=0,
+        rung=next((attempt.rung for attempt in attempts(name) if attempt.is_shipped), 0),
         verified=True,
         verification="Loaded by transformers: mean KL 3.1e-07 nats over 512 tokens, bound 1.0e-04.",
         difference=3.1e-7,
         tolerance=1e-4,
         sha256={"config.json": "a4" * 32, "model.safetensors": "9c" * 32},
+        merged_into=next((a.merged_into for a in attempts(name) if a.is_shipped), "dequantized") if is_whole else None,
+        attempts=attempts(name),
+        why_ended=WHY_ENDED.get(name),
+        survived=survived(name) if is_whole else {},
+        layers_16bit=("model.layers.0.odd",) if name.endswith("g128") else (),
+        layers_raised=("model.layers.5.mlp.down_proj",) if name.endswith("g32") else (),
     )
 
 
@@ -173,6 +236,13 @@ def measurements() -> Measurements:
             bits_per_parameter=4.127,
             bytes=6_120_000,
             reused=False,
+        ),
+        merged=MergedModel(
+            folder=Path("runs/quickstart/merged"),
+            into="dequantized",
+            survived=survived("merged_16bit"),
+            bytes=18_940_000,
+            validation_nats={"dequantized": 0.1399, "original": 0.1431},
         ),
     )
 

@@ -2,7 +2,7 @@ from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report.glossary import GLOSSARY
 from qlora_trainer.stages.report.tables import METRIC_TITLES, exports_table, gap_table
 
-SELF_EXPLAINING = {"Stage", "Format", "Bits", "Size", "Runtime"}
+SELF_EXPLAINING = {"Stage", "Format", "Bits", "Size", "Runtime", "Status", "Made by"}
 
 
 def test_every_heading_of_the_main_tables_is_explained(report: RunReport) -> None:
@@ -15,3 +15,11 @@ def test_every_heading_of_the_main_tables_is_explained(report: RunReport) -> Non
 def test_every_metric_is_explained() -> None:
     terms = " ".join(term for term, _ in GLOSSARY).lower()
     assert [title for title in METRIC_TITLES.values() if title.lower() not in terms] == []
+
+
+def test_the_words_of_the_ladder_are_explained() -> None:
+    terms = {term for term, _ in GLOSSARY}
+    wanted = {"Rung", "GPTQ", "Tuned scales", "Learned rounding", "Dead zone", "Bar", "Merge base", "KL to trained"}
+    assert wanted <= terms
+    (rungs,) = (meaning for term, meaning in GLOSSARY if term == "Rung")
+    assert all(f"{rung} " in rungs for rung in range(6))

@@ -30,3 +30,27 @@ def test_vllm_is_named_only_for_formats_that_it_documents(report: RunReport) -> 
         "compressed_tensors_w4a16_g128",
         "compressed_tensors_w8a16",
     }
+
+
+def test_a_gguf_file_is_named_and_opened_by_llama_cpp(report: RunReport) -> None:
+    odd = replace(
+        report.exports[0], format="gguf_q4_0", path="runs/a 'b'", sha256={"config.json": "00", "model-q4_0.gguf": "01"}
+    )
+    python, shell = snippets(odd, quantized_base="base")
+    constants = [node.value for node in ast.walk(ast.parse(python.text)) if isinstance(node, ast.Constant)]
+    assert constants == ["runs/a 'b'/model-q4_0.gguf"]
+    assert shlex.split(shell.text) == ["llama-server", "--model", "runs/a 'b'/model-q4_0.gguf"]
+
+
+def test_a_gguf_adapter_is_put_beside_a_base(report: RunReport) -> None:
+    adapter = replace(report.exports[0], format="gguf_adapter", path="runs/x", sha256={"adapter.gguf": "01"})
+    (snippet,) = snippets(adapter, quantized_base="base")
+    ast.parse(snippet.text)
+    assert 'Llama(model_path=base, lora_path="runs/x/adapter.gguf")' in snippet.text
+
+
+def test_a_gptq_file_names_the_packages_that_it_needs(report: RunReport) -> None:
+    gptq = replace(report.exports[0], format="gptq_w4_g64")
+    transformers, vllm = snippets(gptq, quantized_base="base")
+    assert transformers.title == "transformers (needs: pip install gptqmodel optimum)"
+    assert vllm.text.startswith("vllm serve")

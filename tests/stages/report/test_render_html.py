@@ -6,6 +6,7 @@ import pytest
 
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes
+from qlora_trainer.stages.report.heatmap import STEPS, survived_map
 from qlora_trainer.stages.report.page import Page, lay_out
 from qlora_trainer.stages.report.plot import stages_plot, training_plot
 from qlora_trainer.stages.report.render_html import render_html
@@ -47,7 +48,9 @@ def outline(html: str) -> Outline:
 
 def render(page: Page, report: RunReport, measurements: Measurements) -> str:
     curve = training_plot(measurements.trained.curve)
-    return render_html(page, stages_svg=stages_plot(report.stages), training_svg=curve)
+    return render_html(
+        page, stages_svg=stages_plot(report.stages), training_svg=curve, survived_svg=survived_map(report.exports)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,19 @@ def test_every_link_within_the_page_has_its_target(html: str) -> None:
 def test_no_text_from_outside_becomes_markup(report: RunReport, measurements: Measurements, notes: Notes) -> None:
     evil_stages = tuple(replace(stage, runtime=EVIL) for stage in report.stages)
     evil_exports = tuple(
-        replace(export, path=EVIL, verification=EVIL, sha256={EVIL: EVIL}) for export in report.exports
+        replace(
+            export,
+            path=EVIL,
+            verification=EVIL,
+            sha256={EVIL: EVIL},
+            attempts=tuple(replace(attempt, method=EVIL, merged_into=EVIL) for attempt in export.attempts),
+            merged_into=EVIL,
+            why_ended=EVIL,
+            survived={EVIL: 0.1},
+            layers_16bit=(EVIL,),
+            layers_raised=(EVIL,),
+        )
+        for export in report.exports
     )
     evil_report = replace(
         report,
@@ -111,7 +126,8 @@ def test_no_text_from_outside_becomes_markup(report: RunReport, measurements: Me
 def test_sentence_status_and_figures_are_shown(html: str, report: RunReport) -> None:
     texts = outline(html).texts
     assert report.sentence in texts
-    assert {"complete", "98.9 %", "✓ verified", "6.13 MiB"} <= set(texts)
+    assert {"below the bar", "98.9 %", "✓ verified", "✓ meets the bar", "▼ below the bar", "6.13 MiB"} <= set(texts)
+    assert '<span class="status warn">below the bar</span>' in html
 
 
 def test_trained_tokens_of_the_example_are_marked(html: str) -> None:
@@ -126,7 +142,9 @@ def test_only_the_recommended_file_is_unfolded(html: str) -> None:
 
 def test_sections_without_content_are_left_out(report: RunReport, measurements: Measurements, notes: Notes) -> None:
     bare = replace(report, exports=(), choice=None, expected=())
-    silent = replace(measurements, evaluations=tuple(replace(stage, samples=()) for stage in measurements.evaluations))
+    silent = replace(
+        measurements, merged=None, evaluations=tuple(replace(stage, samples=()) for stage in measurements.evaluations)
+    )
     page = lay_out(bare, measurements=silent, notes=replace(notes, audit=(), example=()))
     ids = {attributes["id"] for _, attributes in outline(render(page, bare, silent)).elements if "id" in attributes}
     assert ids == {"loss", "training", "quantized", "terms", "environment"}
@@ -135,3 +153,24 @@ def test_sections_without_content_are_left_out(report: RunReport, measurements: 
 def test_a_failed_run_shows_its_warnings(page: Page, report: RunReport, measurements: Measurements) -> None:
     failed = replace(page, status="failed", warnings=("first", "second"))
     assert "<li>first</li><li>second</li>" in render(failed, report, measurements)
+
+
+def test_every_attempt_and_why_the_climb_ended_is_shown(html: str) -> None:
+    texts = outline(html).texts
+    assert {"GPTQ + tuned scales", "quantization-aware merging + tuned scales", "96.6 to 96.8", "✓ shipped"} <= set(
+        texts
+    )
+    assert "Why it ended there: rung 4 is the last that the recipe allows." in texts
+    assert any("0.0032 less than with the original base (0.1431)" in text for text in texts)
+
+
+def test_every_cell_of_the_map_tells_its_layer_and_share(html: str, report: RunReport) -> None:
+    cells = [attributes for tag, attributes in outline(html).elements if tag == "rect" and attributes.get("role")]
+    assert len(cells) == sum(len(export.survived) for export in report.exports)
+    assert "model.layers.5.mlp.down_proj: 11.6 % survived" in {cell["aria-label"] for cell in cells}
+
+
+def test_each_strength_of_the_map_has_its_rule_in_the_style_sheet(html: str) -> None:
+    strengths = [float(found) for found in re.findall(r"\.h\d { fill-opacity: ([\d.]+); }", html)]
+    assert len(strengths) == STEPS
+    assert strengths == sorted(strengths)

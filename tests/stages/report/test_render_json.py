@@ -9,7 +9,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from qlora_trainer.records import RunReport
+from qlora_trainer.stages.report import Measurements, Notes
+from qlora_trainer.stages.report.page import lay_out
 from qlora_trainer.stages.report.render_json import render_json
+from qlora_trainer.stages.report.render_markdown import render_markdown
 
 SCHEMA = files("qlora_trainer.stages.report") / "schema.json"
 
@@ -43,6 +46,36 @@ def test_the_names_of_the_contract_are_there(report: RunReport) -> None:
     assert {"format", "bits", "path", "bytes", "runtime", "rung", "gain_kept", "interval"} <= set(written["exports"][0])
     assert {"kl_to_trained", "top1_agreement", "verified", "sha256"} <= set(written["exports"][0])
     assert set(written["choice"]) == {"format", "why"}
+
+
+NEW_IN_EXPORTS = (
+    "status",
+    "bar",
+    "loss_above_trained",
+    "loss_above_trained_interval",
+    "merged_into",
+    "attempts",
+    "why_ended",
+    "survived",
+    "layers_16bit",
+    "layers_raised",
+)
+
+
+def test_a_report_written_before_there_was_a_ladder_is_still_read_and_shown(
+    report: RunReport, measurements: Measurements, notes: Notes
+) -> None:
+    written = json.loads(render_json(report))
+    del written["merge_base"]
+    for export in written["exports"]:
+        for name in NEW_IN_EXPORTS:
+            del export[name]
+    old = TypeAdapter(RunReport).validate_python(written)
+    assert old.merge_base == {}
+    assert {(export.status, export.bar, export.attempts) for export in old.exports} == {("complete", None, ())}
+    page = lay_out(old, measurements=replace(measurements, merged=None), notes=notes)
+    assert (page.makings, page.merge_base, page.survived.rows) == ((), "", ())
+    assert "How each file was made" not in render_markdown(page)
 
 
 def test_a_figure_that_is_not_a_number_is_refused(report: RunReport) -> None:

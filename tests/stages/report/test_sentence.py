@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
+from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import Choice, Gap, RunReport, StageFigures
-from qlora_trainer.stages.report.sentence import in_words
+from qlora_trainer.stages.report.sentence import Asked, in_words
 
 GAP = Gap(
     quantization_nats=0.0123,
@@ -23,8 +24,11 @@ def words(report: RunReport) -> Words:
     """The sentence of the realistic report without its metrics, some of its parts exchanged."""
     plain: tuple[StageFigures, ...] = tuple(replace(stage, metrics={}) for stage in report.stages)
 
-    def make(gap: Gap = GAP, **changes: object) -> str:
-        parts = {"stages": plain, "exports": report.exports, "choice": CHOICE, "base_bits": 4} | changes
+    fine = tuple(replace(export, status="complete") for export in report.exports)
+
+    def make(gap: Gap = GAP, *, base_bits: int = 4, **changes: object) -> str:
+        asked = Asked(base_bits=base_bits, ladder=Ladder())
+        parts = {"stages": plain, "exports": fine, "choice": CHOICE, "asked": asked} | changes
         return in_words(gap, **parts)  # type: ignore[arg-type]  # parts are as the function names them
 
     return make
@@ -60,7 +64,9 @@ def test_training_that_did_harm_is_said_plainly(words: Words) -> None:
 
 
 def test_no_recommended_file_is_said_plainly(words: Words) -> None:
-    assert words(choice=None).endswith("won 2.31, but no verified file is sure to keep 98 % of that.")
+    assert words(choice=None).endswith(
+        "won 2.31, but no verified file is sure to keep as much of that as the recipe asks."
+    )
 
 
 def test_a_run_without_exports_promises_nothing_of_files(words: Words) -> None:
@@ -88,6 +94,26 @@ def test_exact_matches_before_training_come_from_the_16_bit_base_where_the_quant
 
 def test_every_file_that_is_not_verified_is_warned_of(words: Words, report: RunReport) -> None:
     broken = ("bitsandbytes_nf4", "bitsandbytes_int8")
-    exports = tuple(replace(export, verified=export.format not in broken) for export in report.exports)
+    exports = tuple(
+        replace(export, verified=export.format not in broken, status="complete") for export in report.exports
+    )
     assert " Do not use bitsandbytes_nf4 and bitsandbytes_int8: " in words(exports=exports)
     assert "Do not use" not in words()
+
+
+def test_a_file_below_its_bar_is_told_with_what_it_keeps_and_what_is_asked(words: Words, report: RunReport) -> None:
+    assert "below" not in words()
+    assert words(exports=report.exports).endswith(
+        " compressed_tensors_w4a16_g128 is below the recipe's bar: it keeps 97.37 % (97.32 to 97.41 %) of what "
+        "training won, and the recipe asks for 98 % at the lower end of the interval."
+    )
+
+
+def test_a_file_below_its_bar_without_a_gain_is_told_by_its_distance(words: Words, report: RunReport) -> None:
+    far = replace(
+        report.exports[1], status="below_bar", gain_kept=None, interval=None, loss_above_trained_interval=(0.03, 0.0345)
+    )
+    assert words(exports=(far,)).endswith(
+        " bitsandbytes_nf4 is below the recipe's bar: its KL to the trained model is 0.0301 nats (allowed: 0.01) and "
+        "its loss at most 0.0345 nats per token above the trained model's (allowed: 0.005)."
+    )

@@ -63,6 +63,43 @@ def test_the_recommended_file_is_marked_in_the_table_of_exports(report: RunRepor
     assert marked == ["compressed_tensors_w8a16"]
 
 
+def test_the_status_of_each_file_tells_faithful_and_good_apart(report: RunReport) -> None:
+    first, *rest = report.exports
+    failed = replace(report, exports=(replace(first, verified=False), *rest))
+    cells = column(exports_table(failed), "Status")
+    assert [cell.text for cell in cells] == [
+        "✗ not verified",
+        *["✓ meets the bar"] * 3,
+        "▼ below the bar",
+        "✓ meets the bar",
+    ]
+    assert [cell.tone for cell in cells] == ["bad", "good", "good", "good", "warn", "good"]
+    # An adapter has no bar to meet.
+    assert column(exports_table(report), "Status")[0] == Cell("✓ verified", "in transformers", tone="good")
+
+
+def test_bar_method_rung_and_merge_base_stand_in_the_table_of_exports(report: RunReport) -> None:
+    table = exports_table(report)
+    assert [cell.text for cell in column(table, "Bar")] == ["—", "98 %", "99.5 %", "98 %", "98 %", "99.5 %"]
+    made = column(table, "Made by")
+    assert made[0] == Cell("—")
+    assert made[1] == Cell("rounded by its library", "rung 0, dequantized base")
+    assert made[5] == Cell("round to nearest", "rung 0, dequantized base")
+    assert made[4] == Cell("quantization-aware merging + tuned scales", "rung 4, original base")
+
+
+def test_a_file_without_attempts_is_told_by_its_rung(report: RunReport) -> None:
+    bare = tuple(replace(export, attempts=(), merged_into=None) for export in report.exports)
+    made = column(exports_table(replace(report, exports=bare)), "Made by")
+    assert made[3] == Cell("GPTQ + tuned scales", "rung 2")
+
+
+def test_the_loss_above_the_trained_model_has_its_sign_and_interval(report: RunReport) -> None:
+    cell = column(exports_table(report), "Loss above trained")[1]
+    assert cell.text == "+0.0321"
+    assert cell.note == "+0.0303 to +0.0334"
+
+
 def test_layers_stand_from_the_most_distorted_on(measurements: Measurements) -> None:
     layers = measurements.quantized.layers
     lossless = replace(layers[0], name="zero", sqnr_db=float("inf"))

@@ -15,6 +15,9 @@ def test_three_files_are_written_and_nothing_else(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     for path in tmp_path.iterdir():
         assert "compressed_tensors_w8a16" in path.read_text("utf-8")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    # Two plots and the map of what survived.
+    assert [css in page for css in ('class="whisker', 'class="curve', 'class="heat h0" role')] == [True] * 3
 
 
 def test_writing_again_gives_the_same_bytes(

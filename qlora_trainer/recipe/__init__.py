@@ -1,0 +1,35 @@
+"""What can be asked of a run: one frozen, strict, documented model per recipe section.
+
+Reading YAML and wording its problems is ``recipe_file``'s work. Validators here refuse; they never
+fill in or change. Paths are relative to the folder in which the command is given.
+"""
+
+from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder, Merge, Rounding
+from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
+from qlora_trainer.recipe.section import FloatType, Section
+from qlora_trainer.recipe.task import Data, EvaluationPlan, Metric, Training
+from qlora_trainer.recipe.whole import SHAPING_SECTIONS, Expected, Recipe, Run, Tracking
+
+__all__ = [
+    "SHAPING_SECTIONS",
+    "BaseModelSource",
+    "Calibration",
+    "Data",
+    "DataType",
+    "EvaluationPlan",
+    "Expected",
+    "Export",
+    "ExportFormat",
+    "FloatType",
+    "Ladder",
+    "Lora",
+    "Merge",
+    "Metric",
+    "Quantization",
+    "Recipe",
+    "Rounding",
+    "Run",
+    "Section",
+    "Tracking",
+    "Training",
+]

@@ -1,0 +1,85 @@
+"""The model: where it lies, how it is stored while adapters train, what the adapters are."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_trainer.recipe.section import Names, PositiveInt, Section, Share
+
+DataType = Literal["nf4", "fp4", "int8"]
+
+
+class BaseModelSource(Section):
+    """The 16-bit model to start from: a local folder or a name on the Hugging Face hub."""
+
+    path: str | None = None
+    """Local folder in Hugging Face layout (config.json, tokenizer.json, *.safetensors)."""
+    name: str | None = None
+    """Name on the hub, ``owner/model``."""
+    revision: str | None = None
+    """Commit, branch or tag on the hub; only with ``name``. A commit makes the run repeatable."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give exactly one of 'path' (a local folder) and 'name' (owner/model on the hub)")
+        if self.revision is not None and self.name is None:
+            raise ValueError("'revision' belongs to 'name' (a hub model); a local 'path' has no revision")
+        return self
+
+
+class Quantization(Section):
+    """How the frozen base is stored while adapters train on it (QLoRA, arXiv 2305.14314, section 3)."""
+
+    data_type: DataType = "nf4"
+    """``nf4`` or ``fp4`` (4 bits, one absmax per block of 64) or ``int8`` (LLM.int8, one scale per row)."""
+    double_quant: bool | None = None
+    """Quantize the absmax constants too (4-bit types: 0.5 -> 0.127 bit per parameter). Absent = true for
+    4-bit types; not for ``int8``."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations and matrix products; adapters are float32 either way."""
+    cache_folder: str = "runs/quantized_bases"
+    """Quantized bases are kept here and reused, keyed by the content of the weights and these settings."""
+
+    @model_validator(mode="after")
+    def _double_quant_fits(self) -> Self:
+        if self.data_type == "int8" and self.double_quant:
+            raise ValueError("double_quant: true has no meaning for int8 (one float scale per row); remove it")
+        return self
+
+    @property
+    def doubly_quantized(self) -> bool:
+        """Whether the absmax constants are quantized too, the default resolved."""
+        return self.data_type != "int8" and self.double_quant is not False
+
+
+class Lora(Section):
+    """The trained low-rank factors (LoRA, arXiv 2106.09685): W + s B A with s = alpha / rank."""
+
+    rank: PositiveInt = 16
+    """Rank of B A. The QLoRA paper found 8 to 256 alike once every linear layer has an adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Numerator of the scale s."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input while training."""
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    """``all-linear`` (every linear layer but the output head) or a list of module names such as ``[q_proj,
+    v_proj]``."""
+    use_rslora: bool = False
+    """s = alpha / sqrt(rank) (rank-stabilised LoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train a magnitude per output beside the direction (DoRA, arXiv 2402.09353)."""
+    init: Literal["default", "loftq", "pissa"] = "default"
+    """``default``: B = 0. ``loftq``: B A starts at what quantization lost (arXiv 2310.08659, one iteration).
+    ``pissa``: B A starts at the principal part, the rest is quantized (arXiv 2404.02948)."""
+
+    @property
+    def scale(self) -> float:
+        """The factor s before B A."""
+        return float(self.alpha / (self.rank**0.5 if self.use_rslora else self.rank))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.use_dora and self.init != "default":
+            raise ValueError(f"use_dora needs init: default, got init: {self.init}")
+        return self

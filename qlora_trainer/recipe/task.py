@@ -1,0 +1,147 @@
+"""The task: its rows, the training on them, and what every stage is measured by."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_trainer.recipe.section import Count, PositiveInt, Section, Share
+
+Metric = Literal["exact_match", "slot_f1", "token_f1", "rouge_l", "bleu"]
+
+
+class Data(Section):
+    """Task rows and how they become token ids and labels."""
+
+    train: str
+    """Training rows: a .jsonl or .csv file."""
+    validation: str | None = None
+    """Rows for periodic validation. Absent = ``validation_rows`` are held out of ``train``."""
+    test: str | None = None
+    """Rows that choose nothing; every reported figure comes from them. Absent = ``test_rows`` are held out of
+    ``train``."""
+    validation_rows: PositiveInt | None = None
+    """Rows to hold out of ``train`` where there is no ``validation`` file; with one, use at most so many of its
+    rows."""
+    test_rows: PositiveInt | None = None
+    """Rows to hold out of ``train`` where there is no ``test`` file; with one, use at most so many of its rows."""
+    train_rows: PositiveInt | None = None
+    """Use at most so many training rows."""
+    split_by: str | None = None
+    """A column; rows with the same value never stand on two sides of a split, and overlap between files is dropped
+    from ``train``."""
+    format: Literal["prompt_completion", "messages"] = "prompt_completion"
+    """``prompt_completion``: two text columns. ``messages``: a list of {role, content}; every assistant turn is
+    trained."""
+    prompt_column: str = "prompt"
+    """Column of the prompt (``prompt_completion``)."""
+    completion_column: str = "completion"
+    """Column of the completion (``prompt_completion``)."""
+    messages_column: str = "messages"
+    """Column of the messages (``messages``)."""
+    render: Literal["chat", "text"] = "chat"
+    """``chat``: through the tokenizer's chat template. ``text``: through ``text_template``, for models without a
+    chat template."""
+    text_template: str = "{prompt}\n"
+    """What stands before the completion when ``render: text``; must hold ``{prompt}``."""
+    stop_token: str | None = None
+    """Token that ends a completion when ``render: text``; absent = the tokenizer's eos token. Must be one that
+    generation stops at."""
+    window: PositiveInt = 512
+    """Longest row in tokens."""
+    overlong: Literal["drop", "truncate_prompt", "refuse"] = "drop"
+    """Rows longer than the window: dropped and counted, cut at the prompt's beginning and counted, or refused."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.render == "text" and self.format == "messages":
+            raise ValueError("render: text reads prompt and completion; use render: chat with format: messages")
+        if "{prompt}" not in self.text_template:
+            raise ValueError(f"text_template must hold {{prompt}}, got {self.text_template!r}")
+        if self.stop_token is not None and self.render == "chat":
+            raise ValueError(
+                "stop_token is for render: text; with render: chat the chat template writes the stop token"
+            )
+        for split, path, count in (
+            ("validation", self.validation, self.validation_rows),
+            ("test", self.test, self.test_rows),
+        ):
+            if path is None and count is None:
+                raise ValueError(f"give {split} (a file) or {split}_rows (rows to hold out of train)")
+        return self
+
+
+class Training(Section):
+    """The loop: batches, rates, when to look and when to save."""
+
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2.0e-4
+    """Peak learning rate (QLoRA, appendix B: 2e-4 up to 13B parameters)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up: to zero (cosine, linear) or not (constant)."""
+    warmup_steps: Count = 0
+    """Steps over which the rate rises linearly from zero."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps. Give this or ``epochs``."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows. Give this or ``max_steps``."""
+    micro_batch_size: PositiveInt = 4
+    """Rows in one forward and backward pass."""
+    gradient_accumulation_steps: PositiveInt = 4
+    """Micro-batches in one optimizer step. The loss is weighted by label tokens over all of them."""
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 0.3
+    """Gradients are scaled down to this norm (QLoRA, appendix B)."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "paged_adamw_8bit"
+    """AdamW with float32 or 8-bit state; paged = state in unified memory on CUDA, unpaged on a CPU."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the adapters."""
+    beta1: Share = 0.9
+    """Decay of the first moment."""
+    beta2: Share = 0.999
+    """Decay of the second moment."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    log_every_steps: PositiveInt = 10
+    """Steps between metrics records."""
+    validate_every_steps: PositiveInt | None = None
+    """Steps between validations; absent = only at the end."""
+    checkpoint_every_steps: PositiveInt = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of 'max_steps' and 'epochs'")
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in one optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of a whole run on so many training rows, at least one."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, round((self.epochs or 0.0) * rows / self.batch_size))
+
+
+class EvaluationPlan(Section):
+    """What every stage is measured by: the same rows, the same metrics, each with an interval."""
+
+    batch_size: PositiveInt = 16
+    """Rows in one forward pass, and in one generation batch."""
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = ()
+    """Task metrics by greedy generation: ``exact_match``, ``slot_f1`` (JSON), ``token_f1``, ``rouge_l``, ``bleu``."""
+    generation_rows: PositiveInt = 200
+    """Test rows that are generated for the task metrics."""
+    max_new_tokens: PositiveInt = 128
+    """Longest generation in tokens."""
+    samples: Count = 5
+    """Outputs shown side by side in the report."""
+    kl_tokens: PositiveInt = 2048
+    """Label tokens of the test rows on which KL and top-1 agreement with the trained model are taken."""
+    bootstrap_resamples: Annotated[int, Field(ge=100)] = 1000
+    """Resamples over examples for each interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Coverage of the intervals."""

@@ -1,0 +1,86 @@
+"""A whole recipe, and the sections that are about the run itself."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_trainer.recipe.files import Calibration, Export, Ladder, Merge, Rounding
+from qlora_trainer.recipe.model import BaseModelSource, Lora, Quantization
+from qlora_trainer.recipe.section import Count, PositiveInt, Section
+from qlora_trainer.recipe.task import Data, EvaluationPlan, Training
+
+SHAPING_SECTIONS = ("run.seed", "base_model", "quantization", "lora", "data", "training")
+"""What makes the trained adapter what it is; a run's folder belongs to one choice of these sections and settings."""
+
+
+class Run(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name of the run; its folder is ``<folder>/<name>``."""
+    folder: str = "runs"
+    """Folder that holds runs."""
+    seed: Count = 0
+    """Seed of adapter initialisation, row order, dropout and bootstrap."""
+    threads: PositiveInt | None = None
+    """Processor threads; absent = one per core."""
+
+
+class Tracking(Section):
+    """Where metrics go beside ``metrics.jsonl``, which is always written."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """``offline`` needs no login and no network; ``online`` uses the login of the machine."""
+    project: str = "qlora-trainer"
+    """Weights & Biases project."""
+    tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Tags of the run."""
+
+
+class Expected(Section):
+    """What this recipe gave when it was last measured; the report sets the run's figures beside these."""
+
+    hardware: str
+    """Machine of the measurement, such as ``2 CPU cores``."""
+    measured: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    """Date of the measurement, in quotes."""
+    nats_per_token: dict[str, float]
+    """Held-out loss by stage name."""
+    within: Annotated[float, Field(gt=0)]
+    """Largest difference in nats that counts as reproduced."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Task metrics of the unmerged adapter by name."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Whole run."""
+    peak_gib: Annotated[float, Field(gt=0)] | None = None
+    """Largest resident memory of the run."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run: Run
+    base_model: BaseModelSource
+    quantization: Quantization = Quantization()
+    lora: Lora = Lora()
+    data: Data
+    training: Training
+    evaluation: EvaluationPlan = EvaluationPlan()
+    merge: Merge = Merge()
+    export: Export = Export()
+    calibration: Calibration = Calibration()
+    rounding: Rounding = Rounding()
+    ladder: Ladder = Ladder()
+    tracking: Tracking = Tracking()
+    expected: Expected | None = None
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Self:
+        if self.lora.init == "loftq" and self.merge.into == "original":
+            raise ValueError(
+                "lora.init: loftq makes the adapter repair the quantized base; merged into the original it would "
+                "add that repair to a base that needs none. Set merge.into: dequantized"
+            )
+        if self.lora.init == "loftq" and self.quantization.data_type == "int8":
+            raise ValueError("lora.init: loftq repairs 4-bit bases; use quantization.data_type: nf4 or fp4")
+        return self
