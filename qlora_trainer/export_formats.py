@@ -5,14 +5,29 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
-from qlora_trainer.recipe import ExportFormat, Ladder
+from qlora_trainer.recipe import ExportFormat, Ladder, Recipe
 
 Kind = Literal["adapter", "16bit", "integer", "library"]
 """``integer``: integers on an affine grid that any rung can fill. ``library``: a quantizer that rounds by itself."""
 
 Runtime = Literal["transformers", "llama_cpp"]
+MergeBase = Literal["dequantized", "original"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a format's runtime needs beyond the core.
+
+    Attributes:
+        modules: imported by the runtime; without one of them the file cannot be opened.
+        install: the command that brings them.
+    """
+
+    modules: tuple[str, ...]
+    install: str
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,12 @@ class FormatFacts:
     bits: int
     runtime: Runtime
     block: int | None = None
-    package: str | None = None
+    package: Package | None = None
     outputs: int = 1
 
 
-_GGUF = "qlora-trainer[gguf]"
-_GPTQ = "gptqmodel optimum"
+_GGUF = Package(("llama_cpp",), 'pip install "qlora-trainer[gguf]"')
+_GPTQ = Package(("gptqmodel", "optimum"), "pip install gptqmodel optimum")
 
 FACTS: Mapping[ExportFormat, FormatFacts] = {
     "peft_adapter": FormatFacts("adapter", 16, "transformers"),
@@ -64,6 +79,62 @@ FACTS: Mapping[ExportFormat, FormatFacts] = {
     "gguf_q4_k_m": FormatFacts("library", 4, "llama_cpp", 256, _GGUF),
     "gguf_adapter": FormatFacts("adapter", 16, "llama_cpp", None, _GGUF),
 }
+
+
+def can_mix(name: ExportFormat) -> bool:
+    """Whether a format can store some layers with 8 bits and the rest with fewer."""
+    return FACTS[name].kind == "integer" and FACTS[name].bits < 8 and not name.startswith("gptq_")
+
+
+def rungs_of(name: ExportFormat, ladder: Ladder, *, has_magnitudes: bool) -> tuple[int, ...]:
+    """The rungs that a format's ladder has, lowest first; rung 0 always, as the row to beat.
+
+    Only integers on an affine grid can be chosen here. DoRA's weights are no base plus s B A that could be trained
+    through a rounding (rung 4). Formats that store all layers alike cannot give some more bits (rung 5).
+    """
+    if FACTS[name].kind != "integer":
+        return (0,)
+    missing = ({4} if has_magnitudes else set[int]()) | (set[int]() if can_mix(name) else {5})
+    return (0, *(rung for rung in range(max(1, start_rung(name, ladder)), ladder.last_rung + 1) if rung not in missing))
+
+
+def start_rung(name: ExportFormat, ladder: Ladder) -> int:
+    """The rung that must be tried before a file can be good enough."""
+    return ladder.start_rung_int8 if FACTS[name].bits >= 8 else ladder.start_rung_int4
+
+
+def merge_bases(recipe: Recipe) -> tuple[MergeBase, ...]:
+    """The bases that the recipe lets the delta go into, the one that training saw first.
+
+    LoftQ's factors repair the quantized base and never go into the original one.
+    """
+    if recipe.merge.into != "measured":
+        return (recipe.merge.into,)
+    return ("dequantized",) if recipe.lora.init == "loftq" else ("dequantized", "original")
+
+
+def missing_modules(name: ExportFormat) -> tuple[str, ...]:
+    """What a format's runtime imports and is not installed."""
+    package = FACTS[name].package
+    return () if package is None else tuple(module for module in package.modules if find_spec(module) is None)
+
+
+def unwritable(recipe: Recipe) -> tuple[str, ...]:
+    """Problems of formats that cannot be written for this recipe, whatever the model."""
+    problems = []
+    for name in recipe.export.formats:
+        facts, missing = FACTS[name], missing_modules(name)
+        if facts.kind == "library" and facts.package is not None and missing:
+            problems.append(
+                f"export.formats: {name} cannot be written: it is rounded by {missing[0]}, which is not installed. "
+                f"{facts.package.install}, or remove the format"
+            )
+    if recipe.lora.use_dora and "gguf_adapter" in recipe.export.formats:
+        problems.append(
+            "export.formats: gguf_adapter cannot hold the magnitudes of lora.use_dora: true. Remove it and serve a "
+            "merged GGUF format, such as gguf_q8_0, or set lora.use_dora: false"
+        )
+    return tuple(problems)
 
 
 def bar_of(name: ExportFormat, ladder: Ladder) -> float | None:

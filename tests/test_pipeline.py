@@ -88,7 +88,7 @@ def recipe_for(base: Path, folder: Path, **sections: dict[str, object]) -> Recip
         "export": {"formats": FORMATS},
         "calibration": {"rows": 16, "batch_size": 8},
         "rounding": {"scale_epochs": 1, "learned_steps": 4},
-        # A random model of two layers learns by heart and loses it at four bits: what is good is another test's question.
+        # How good four bits are on a random model that learned by heart is another test's question.
         "ladder": {"bar_int4": 0.0, "bar_int8": 0.0},
     }
     for name, updates in sections.items():

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 
+from qlora_trainer import export_formats
 from qlora_trainer.preflight import Preflight, check, exports, predict_peak_bytes, room
 from qlora_trainer.preflight.prediction import model_shape
 from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
@@ -59,7 +60,7 @@ def planned(found: Preflight, name: str) -> str:
 
 def without_modules(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
     """Makes the modules that exports need seem installed, but for these."""
-    monkeypatch.setattr(exports, "find_spec", lambda name: None if name in missing else object())
+    monkeypatch.setattr(export_formats, "find_spec", lambda name: None if name in missing else object())
 
 
 # What is found where nothing is wrong.
@@ -162,18 +163,6 @@ def test_rungs_are_those_that_a_format_and_an_adapter_have() -> None:
     assert rungs("gptq_w4_g64") == (0, 2, 3, 4)
     assert rungs("compressed_tensors_w8a8") == (0, 1, 2, 3, 4)
     assert rungs("gguf_q4_k_m") == rungs("merged_16bit") == (0,)
-
-
-def test_the_rungs_of_the_plan_are_those_that_are_climbed() -> None:
-    from qlora_trainer.stages.export.rungs import rungs_of  # noqa: PLC0415 - loads torch
-
-    for use_dora in (False, True):
-        for last in range(6):
-            first = min(2, last)
-            ladder = {"last_rung": last, "start_rung_int4": first}
-            asked = recipe("x", lora={"use_dora": use_dora}, ladder=ladder)
-            for name in get_args(ExportFormat):
-                assert exports.climbs(asked, name) == rungs_of(name, asked.ladder, has_magnitudes=use_dora)
 
 
 def test_the_plan_names_every_stage_in_order(found: Preflight) -> None:
@@ -352,18 +341,6 @@ def test_rows_that_nothing_learns_from_are_not_asked_for(
 GGUF = ["gguf_f16", "gguf_q8_0"]
 
 
-def test_gguf_files_need_their_package_to_be_written(
-    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_room(monkeypatch)
-    without_modules(monkeypatch, "gguf")
-    (problem,) = check(recipe(llama_folder, export={"formats": GGUF})).problems
-    assert problem.startswith(
-        "export.formats: gguf_f16, gguf_q8_0 cannot be written: the package gguf is not installed"
-    )
-    assert 'pip install "qlora-trainer[gguf]"' in problem
-
-
 def test_what_no_package_here_can_load_is_written_all_the_same(
     here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,10 +374,10 @@ def test_a_gguf_adapter_cannot_hold_dora(here: Path, llama_folder: Path, monkeyp
 
 
 def test_what_is_missing_is_told_before_the_base_is_there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_modules(monkeypatch, "gguf")
-    asked = recipe("x", base_model={"path": None, "name": "owner/model"}, export={"formats": GGUF})
+    without_modules(monkeypatch, "llama_cpp")
+    asked = recipe("x", base_model={"path": None, "name": "owner/model"}, export={"formats": ["gguf_q6_k"]})
     (problem,) = check(asked).problems
-    assert "the package gguf is not installed" in problem
+    assert "it is rounded by llama_cpp, which is not installed" in problem
 
 
 # The plan of the exports.

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_trainer.formats.weight_format import IntegerFormat, WeightFormat
 from qlora_trainer.numerics.integer_weight import IntegerWeight
 from qlora_trainer.runtime.atomic import write_text
-from qlora_trainer.runtime.weight_files import copy_companions, read_tensors, write_shards
+from qlora_trainer.runtime.weight_files import copy_companions, read_tensor, tensor_files, write_shards
 from qlora_trainer.runtime.weight_headers import read_headers
 
 Stored = Tensor | IntegerWeight
@@ -86,7 +86,9 @@ def read_model(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder that ``write_model`` wrote, matrices decoded as the runtime uses them.
 
-    ``wanted`` says by checkpoint name which tensors are read; a matrix is asked for as ``<module>.weight``. Yields ``(checkpoint name, tensor)``; one module's tensors are in memory at a time.
+    ``wanted`` says by checkpoint name which tensors are read; a matrix is asked for as ``<module>.weight``.
+
+    Yields ``(checkpoint name, tensor)``; one module's tensors are in memory at a time.
     """
     targets = set(linear_modules)
     parts: defaultdict[str, list[str]] = defaultdict(list)
@@ -94,8 +96,10 @@ def read_model(
         owner = _owner(name, targets)
         if wanted(name if owner is None else f"{owner}.weight"):
             parts[owner or name].append(name)
+    # Looked up once: reading the headers for each module anew would take time with the square of the model's size.
+    files = tensor_files(folder)
     for owner, names in parts.items():
-        tensors = dict(read_tensors(folder, names))
+        tensors = {name: read_tensor(files[name], name) for name in names}
         if owner not in targets:
             yield from tensors.items()
             continue
@@ -111,7 +115,7 @@ def _encode(module: str, weight: Stored, weight_format: WeightFormat) -> dict[st
     try:
         if isinstance(weight, Tensor):
             return own.encode(weight)
-        return cast(IntegerFormat, own).pack(weight)
+        return cast("IntegerFormat", own).pack(weight)
     except ValueError as error:
         raise ValueError(f"{module}: {error}") from error
 

@@ -1,7 +1,7 @@
 """A weight matrix as integers on a grid that a file format can hold: what every rounding method gives.
 
 A format states its grid (``GridSpec``), a method chooses scales and integers on it (``IntegerWeight``), and the format
-packs them. Rounding to nearest is the method that needs nothing but the weight; the others live in modules of their own.
+packs them. Rounding to nearest is the method that needs nothing but the weight; the others have modules of their own.
 """
 
 from dataclasses import dataclass

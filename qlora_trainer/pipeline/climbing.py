@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_trainer.export_formats import FACTS, bar_of
+from qlora_trainer.export_formats import FACTS, MergeBase, bar_of, rungs_of, start_rung
 from qlora_trainer.pipeline.ledger import Ledger
 from qlora_trainer.pipeline.measuring import MeasuredExport, Measuring, ValidationReferences
 from qlora_trainer.recipe import ExportFormat, Recipe
@@ -18,7 +18,7 @@ from qlora_trainer.records import Attempt
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
 from qlora_trainer.stages import export
 from qlora_trainer.stages.evaluate import Teacher
-from qlora_trainer.stages.export import ExportInputs, MergeBase, Shelf, Way, WrittenExport
+from qlora_trainer.stages.export import ExportInputs, Shelf, Way, WrittenExport
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Climbing:
                 written = export.write(name, self.folder.exports / name, inputs, into=inputs.merged_into)
                 return self.measuring.export(written, inputs, teacher=teacher, rung=0)
             tried, why_ended = self._climb(name, inputs)
-            best = min(tried, key=lambda each: each.attempt.nats_per_token)
-            shipped = self._ship(name, best.written)
+            best = _best(tried)
+            shipped = self._ship(name, best, inputs, tried)
             measured = self.measuring.export(shipped, inputs, teacher=teacher, rung=best.attempt.rung)
             attempts = tuple(replace(each.attempt, is_shipped=each is best) for each in tried)
             exported = replace(measured.exported, attempts=attempts, why_ended=why_ended)
@@ -93,16 +93,18 @@ class Climbing:
     def _climb(self, name: ExportFormat, inputs: ExportInputs) -> tuple[list[Tried], str]:
         """All attempts, and why there was no further one."""
         ladder = self.recipe.ladder
-        rungs = export.rungs_of(name, ladder, has_magnitudes=inputs.factors.has_magnitudes)
+        rungs = rungs_of(name, ladder, has_magnitudes=inputs.factors.has_magnitudes)
         tried: list[Tried] = []
         for rung in rungs:
             spent = sum(each.attempt.seconds for each in tried) / 60
             if tried and ladder.minutes is not None and spent >= ladder.minutes:
                 return tried, f"the {ladder.minutes:g} minutes of ladder.minutes are spent"
             tried += [self._try(name, way, inputs, tried) for way in self._ways(rung, tried)]
-            best = min(tried, key=lambda each: each.attempt.nats_per_token)
-            is_first = rung == 0 and len(rungs) > 1 and rungs[1] == _start(name, self.recipe) > 0
-            if best.attempt.meets_bar and not is_first:
+            best = _best(tried)
+            for beaten in tried:
+                if beaten is not best:
+                    shutil.rmtree(beaten.written.folder, ignore_errors=True)
+            if best.attempt.meets_bar and rung >= min(start_rung(name, ladder), rungs[-1]):
                 return tried, f"rung {best.attempt.rung} meets the bar"
         if bar_of(name, ladder) is None or len(rungs) == 1:
             return tried, "this format has no further rung"
@@ -113,7 +115,7 @@ class Climbing:
         if rung == 4:
             yield Way(rung, "original" if "original" in self.bases else self.bases[0])
         elif rung == 5:
-            best = min(tried, key=lambda each: each.attempt.nats_per_token)
+            best = _best(tried)
             assert best.written.merged_into is not None
             yield Way(rung, best.written.merged_into)
         else:
@@ -123,12 +125,11 @@ class Climbing:
         """One attempt, made now or read back."""
         stage = f"export {name} rung {way.rung} {way.into}"
         folder = self.workplace / f"{name}-rung-{way.rung}-{way.into}"
-        # Rung 5 starts from what was best before.
-        best = min(tried, key=lambda each: each.attempt.nats_per_token).attempt.rung if way.rung == 5 else None
+        source = _source_rung(way.rung, tried)
 
         def carry_out() -> Tried:
             began = time.monotonic()
-            written = self._make(name, way, inputs, folder, source_rung=best)
+            written = self._make(name, way, inputs, folder, source_rung=source)
             opened = export.open_in_runtime(written, inputs)
             standing, fidelity = self.measuring.standing(
                 opened.model, self.references, bar_of(name, self.recipe.ladder)
@@ -148,11 +149,8 @@ class Climbing:
             )
             return Tried(attempt, written)
 
-        key = fingerprint(self.key, name, way.rung, way.into, best, self.measuring.ground.bench_key, self._bars())
-        tried_before = self.ledger.once(stage, key, Tried, make=carry_out, describe=_in_words)
-        if not tried_before.written.folder.exists():
-            self._make(name, way, inputs, folder, source_rung=best)
-        return tried_before
+        key = fingerprint(self.key, name, way.rung, way.into, source, self.measuring.ground.bench_key, self._bars())
+        return self.ledger.once(stage, key, Tried, make=carry_out, describe=_in_words)
 
     def _bars(self) -> tuple[float, ...]:
         ladder = self.recipe.ladder
@@ -177,19 +175,29 @@ class Climbing:
             raised=shelf.worst_layers(source, spec),
         )
 
-    def _ship(self, name: ExportFormat, written: WrittenExport) -> WrittenExport:
+    def _ship(self, name: ExportFormat, best: Tried, inputs: ExportInputs, tried: list[Tried]) -> WrittenExport:
         """Moves the chosen file set to its place."""
+        written = best.written
+        if not written.folder.exists():
+            # Interrupted after it was beaten or moved, and read back from its record now.
+            assert written.merged_into is not None
+            way = Way(best.attempt.rung, written.merged_into)
+            source = _source_rung(way.rung, [each for each in tried if each.attempt.rung < way.rung])
+            written = self._make(name, way, inputs, written.folder, source_rung=source)
         target = self.folder.exports / name
         if target.exists():
             shutil.rmtree(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
         written.folder.rename(target)
         return replace(written, folder=target)
 
 
-def _start(name: ExportFormat, recipe: Recipe) -> int:
-    ladder = recipe.ladder
-    return ladder.start_rung_int8 if FACTS[name].bits >= 8 else ladder.start_rung_int4
+def _best(tried: list[Tried]) -> Tried:
+    return min(tried, key=lambda each: each.attempt.nats_per_token)
+
+
+def _source_rung(rung: int, before: list[Tried]) -> int | None:
+    """The rung whose rounding rung 5 starts from: what was best before it; None for the others."""
+    return _best(before).attempt.rung if rung == 5 else None
 
 
 def _in_words(tried: Tried) -> str:

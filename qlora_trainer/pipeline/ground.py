@@ -36,7 +36,7 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool) -> Ground:
     base = base_model.resolve(recipe.base_model, trust_remote_code=trust_remote_code)
     rows = dataset.load_rows(recipe, base.folder)
     layers = adapt.choose_layers(base, recipe.lora, trust_remote_code=trust_remote_code)
-    export.require_fitting(recipe.export.formats, layers, allow_16bit_layers=recipe.export.allow_16bit_layers)
+    export.require_writable(recipe, base.folder, layers)
     return Ground(
         base=base,
         content_key=base_model.content_key(base),

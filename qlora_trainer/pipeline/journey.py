@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from qlora_trainer.export_formats import merge_bases
 from qlora_trainer.pipeline.adapted import AdaptedModel
 from qlora_trainer.pipeline.climbing import Climbing
 from qlora_trainer.pipeline.ground import Ground, prepare
@@ -171,7 +172,7 @@ class Journey:
             )
 
         def carry_out() -> MergedModel:
-            bases = merge.bases(self.recipe)
+            bases = merge_bases(self.recipe)
             needed = self.ground.base.parameters * (4 if data_type == "float32" else 2) * len(bases)
             self.folder.require_free_disk(needed, "the merged model")
             return merge.merge_measured(source, self.folder.merged, bases=bases, data_type=data_type, nats_of=nats_of)
@@ -200,7 +201,7 @@ class Journey:
             folder=self.folder,
             ledger=self.ledger,
             inputs=self._export_inputs(source, merged, quantized, trained),
-            bases=merge.bases(self.recipe),
+            bases=merge_bases(self.recipe),
             key=fingerprint(self.merge_key(quantized), merged.into),
             references=references,
         )
@@ -357,6 +358,16 @@ class Journey:
             [
                 (each.name, each.nats_per_token, *each.interval, each.kl_to_trained, each.bytes, each.tokens_per_second)
                 for each in stages
+            ],
+        )
+        of_attempt = ("rung", "method", "merged_into", "nats_per_token", "gain_kept", "kl_to_trained", "is_shipped")
+        self.tracker.table(
+            "ladder",
+            ("format", *of_attempt),
+            [
+                (file.format, *(getattr(attempt, name) for name in of_attempt))
+                for file in made.exports
+                for attempt in file.attempts
             ],
         )
         self.tracker.artifact("adapter", trained.folder, "adapter")

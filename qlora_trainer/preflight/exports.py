@@ -1,29 +1,24 @@
 """What the wanted files need and will be made by: problems, notes and sentences, before anything is loaded."""
 
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 
-from qlora_trainer.export_formats import FACTS, bar_of, unfit_in_words, unfit_layers
+from qlora_trainer.export_formats import (
+    FACTS,
+    Package,
+    bar_of,
+    merge_bases,
+    missing_modules,
+    rungs_of,
+    unfit_in_words,
+    unfit_layers,
+    unwritable,
+)
 from qlora_trainer.recipe import ExportFormat, Recipe
-
-INSTALL = {"gguf": 'pip install "qlora-trainer[gguf]"', "gptqmodel": "pip install gptqmodel optimum"}
-"""How to install what reads a format, by the module that shows whether it is there."""
 
 
 def climbs(recipe: Recipe, name: ExportFormat) -> tuple[int, ...]:
-    """The rungs that may be tried for a format, in order.
-
-    As ``stages.export.rungs`` has it, which loads torch: DoRA has no rung 4, and formats that store all layers alike
-    have no rung 5.
-    """
-    facts, ladder = FACTS[name], recipe.ladder
-    if facts.kind != "integer":
-        return (0,)
-    start = ladder.start_rung_int8 if facts.bits >= 8 else ladder.start_rung_int4
-    can_mix = facts.bits < 8 and not name.startswith("gptq_")
-    missing = {4} if recipe.lora.use_dora else set[int]()
-    missing |= set[int]() if can_mix else {5}
-    return (0, *(rung for rung in range(max(start, 1), ladder.last_rung + 1) if rung not in missing))
+    """The rungs that may be tried for a format, in order."""
+    return rungs_of(name, recipe.ladder, has_magnitudes=recipe.lora.use_dora)
 
 
 def calibrated(recipe: Recipe) -> tuple[ExportFormat, ...]:
@@ -31,16 +26,9 @@ def calibrated(recipe: Recipe) -> tuple[ExportFormat, ...]:
     return tuple(name for name in recipe.export.formats if len(climbs(recipe, name)) > 1)
 
 
-def merge_bases(recipe: Recipe) -> tuple[str, ...]:
-    """Bases that the adapter is merged into: the delta of LoftQ repairs the quantized one and belongs on no other."""
-    if recipe.merge.into != "measured":
-        return (recipe.merge.into,)
-    return ("dequantized",) if recipe.lora.init == "loftq" else ("dequantized", "original")
-
-
 def package_findings(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Problems and notes for packages that are not installed and for adapters that a format cannot hold."""
-    return tuple(_unwritable(recipe)), tuple(_unreadable(recipe))
+    return unwritable(recipe), tuple(_unreadable(recipe))
 
 
 def layer_findings(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -108,39 +96,16 @@ def _both(bases: tuple[str, ...]) -> str:
     return "both bases (dequantized, original)" if len(bases) > 1 else f"the {bases[0]} base"
 
 
-def _unwritable(recipe: Recipe) -> Iterator[str]:
-    formats = recipe.export.formats
-    gguf = [name for name in formats if FACTS[name].runtime == "llama_cpp"]
-    if gguf and find_spec("gguf") is None:
-        yield (
-            f"export.formats: {', '.join(gguf)} cannot be written: the package gguf is not installed. "
-            f"{INSTALL['gguf']}, or remove them"
-        )
-    rounded = [name for name in gguf if FACTS[name].kind == "library"]
-    if rounded and find_spec("llama_cpp") is None:
-        yield (
-            f"export.formats: {', '.join(rounded)} cannot be written: llama.cpp rounds them, and llama-cpp-python is "
-            f"not installed. {INSTALL['gguf']}, or remove them"
-        )
-    if recipe.lora.use_dora and "gguf_adapter" in formats:
-        yield (
-            "export.formats: gguf_adapter cannot hold the magnitudes of lora.use_dora: true. Remove it and serve a "
-            "merged GGUF format, such as gguf_q8_0, or set lora.use_dora: false"
-        )
-
-
 def _unreadable(recipe: Recipe) -> Iterator[str]:
     """Formats that will be written and that no installed package can load."""
-    formats = recipe.export.formats
-    read_by_llama = [name for name in formats if FACTS[name].runtime == "llama_cpp" and FACTS[name].kind != "library"]
-    read_by_gptq = [name for name in formats if name.startswith("gptq_")]
-    for names, modules, install in (
-        (read_by_llama, ("llama_cpp",), INSTALL["gguf"]),
-        (read_by_gptq, ("gptqmodel", "optimum"), INSTALL["gptqmodel"]),
-    ):
-        missing = [module for module in modules if find_spec(module) is None]
-        if names and missing:
-            yield (
-                f"{', '.join(names)} will be written but not verified: {' and '.join(missing)} "
-                f"{'is' if len(missing) == 1 else 'are'} not installed. {install}"
-            )
+    unread: dict[Package, list[ExportFormat]] = {}
+    for name in recipe.export.formats:
+        facts = FACTS[name]
+        if facts.package is not None and facts.kind != "library" and missing_modules(name):
+            unread.setdefault(facts.package, []).append(name)
+    for package, names in unread.items():
+        missing = missing_modules(names[0])
+        yield (
+            f"{', '.join(names)} will be written but not verified: {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed. {package.install}"
+        )

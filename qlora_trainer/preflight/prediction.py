@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
-from qlora_trainer.export_formats import FACTS
+from qlora_trainer.export_formats import FACTS, merge_bases
 from qlora_trainer.numerics.footprint import (
     CPU_ALLOCATOR_SHARE,
     KEPT_BY_ALLOCATOR,
@@ -19,7 +19,7 @@ from qlora_trainer.numerics.footprint import (
     training_memory,
 )
 from qlora_trainer.numerics.model_shape import ModelShape
-from qlora_trainer.preflight.exports import calibrated, merge_bases
+from qlora_trainer.preflight.exports import calibrated
 from qlora_trainer.preflight.room import free_memory
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import BaseCheckpoint

@@ -48,7 +48,7 @@ class Expected(Section):
     """Held-out loss by stage name."""
     within: Annotated[float, Field(gt=0)]
     """Largest difference in nats that counts as reproduced."""
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, float] = {}  # noqa: RUF012 - pydantic copies it
     """Task metrics of the unmerged adapter by name."""
     seconds: Annotated[float, Field(gt=0)] | None = None
     """Whole run."""

@@ -3,7 +3,9 @@
 Memory on a CUDA device is not known here: ``runtime.device`` asks torch for it.
 """
 
+import ctypes
 import shutil
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -48,6 +50,18 @@ def free_disk_bytes(path: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def release_freed() -> None:
+    """Gives freed memory back to the system, where the C library can (``malloc_trim`` of glibc); else does nothing.
+
+    glibc keeps freed pieces of up to 32 MiB for itself. Where tensors that stay and tensors that go are made in turns,
+    as when matrices are encoded one by one, the holes between those that stay are seldom filled again: quantizing a
+    checkpoint of 300 MB, whose live tensors were never more than 135 MB, took 890 MB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _number(file: Path) -> int | None:

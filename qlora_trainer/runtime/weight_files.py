@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.errors import BaseModelError
+from qlora_trainer.runtime.memory import release_freed
 from qlora_trainer.runtime.weight_headers import INDEX_NAME, WEIGHTS_NAME, read_header, weight_files
 
 COMPANION_PATTERNS = (
@@ -28,6 +29,9 @@ COMPANION_PATTERNS = (
     "vocab.txt",
     "merges.txt",
 )
+
+LARGE_BYTES = 2**16
+"""Before a tensor of this size is worked on, what earlier ones left behind goes back to the system."""
 
 
 def read_tensors(
@@ -51,10 +55,30 @@ def read_tensors(
         raise BaseModelError(f"{folder}: lacks {', '.join(absent)}. Give the folder of a model of the same kind.")
     for name, file in holders:
         if wanted is None or name in wanted:
-            tensor = _read_one(file, name)
+            tensor = read_tensor(file, name)
             if check_finite:
                 _require_finite(tensor, name=name, file=file)
             yield name, tensor
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor of a model, in the order of the files.
+
+    Raises:
+        BaseModelError: a file is missing or damaged.
+    """
+    return {name: file for file in weight_files(folder) for name in read_header(file)}
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file that holds it."""
+    # The file is opened anew for each tensor: the pages of a mapping stay resident until it is closed. Read through
+    # one mapping, a file of 512 MiB took 512 MiB; so it takes one tensor (safetensors 0.8.0).
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    if tensor.nbytes >= LARGE_BYTES:
+        release_freed()
+    return tensor
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -133,14 +157,6 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     for path in found:
         shutil.copyfile(path, target / path.name)
     return sorted(path.name for path in found)
-
-
-def _read_one(file: Path, name: str) -> Tensor:
-    # The file is opened anew for each tensor: the pages of a mapping stay resident until it is closed. Read through
-    # one mapping, a file of 512 MiB took 512 MiB; so it takes one tensor (safetensors 0.8.0).
-    with safe_open(file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-    return tensor
 
 
 def _require_finite(tensor: Tensor, *, name: str, file: Path) -> None:

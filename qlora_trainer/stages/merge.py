@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qlora_trainer.export_formats import MergeBase, merge_bases
 from qlora_trainer.formats.bitsandbytes import Bitsandbytes
 from qlora_trainer.formats.model_folder import read_model, write_model
 from qlora_trainer.formats.peft_adapter import Factors, read
@@ -24,7 +24,6 @@ from qlora_trainer.runtime.atomic import writing_folder
 from qlora_trainer.runtime.weight_files import read_tensors
 from qlora_trainer.runtime.weight_headers import read_headers
 
-MergeBase = Literal["dequantized", "original"]
 OnMerged = Callable[[str, Tensor, Tensor], None]
 Wanted = Callable[[str], bool]
 
@@ -103,20 +102,10 @@ class MergeSource:
             yield name, merged
 
 
-def bases(recipe: Recipe) -> tuple[MergeBase, ...]:
-    """The bases that the recipe lets the delta go into, the one that training saw first.
-
-    LoftQ's factors repair the quantized base and never go into the original one.
-    """
-    if recipe.merge.into != "measured":
-        return (recipe.merge.into,)
-    return ("dequantized",) if recipe.lora.init == "loftq" else ("dequantized", "original")
-
-
 def merge_source(
     recipe: Recipe, *, base: BaseCheckpoint, quantized: QuantizedModel, layers: LinearLayers, adapter: Path
 ) -> MergeSource:
-    """The merged weights of the first of ``bases``; reads the adapter, no base.
+    """The merged weights of the first of the recipe's bases; reads the adapter, no base.
 
     Args:
         recipe: gives the bases of the merge and the format of the quantized one.
@@ -140,7 +129,7 @@ def merge_source(
         layers=layers,
         factors=factors,
         scale=settings.scale,
-        into=bases(recipe)[0],
+        into=merge_bases(recipe)[0],
         initial=initial,
     )
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.numerics.affine import Granularity, Grid, dequantize, integer_range, quantize
+from qlora_trainer.numerics.affine import Granularity, Grid, dequantize, integer_range
 from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, Offset, round_to_nearest
 from qlora_trainer.numerics.scales import rescaled, tuned_scale
 

@@ -6,6 +6,6 @@
 
 from qlora_trainer.formats.gguf.adapter_file import write_gguf_adapter
 from qlora_trainer.formats.gguf.blocks import GgufBlocks, GgufKind
-from qlora_trainer.formats.gguf.model_file import read_gguf, write_gguf
+from qlora_trainer.formats.gguf.model_file import read_gguf, require_supported, write_gguf
 
-__all__ = ["GgufBlocks", "GgufKind", "read_gguf", "write_gguf", "write_gguf_adapter"]
+__all__ = ["GgufBlocks", "GgufKind", "read_gguf", "require_supported", "write_gguf", "write_gguf_adapter"]

@@ -33,6 +33,16 @@ _FILE_TYPES: Mapping[GgufKind, LlamaFileType] = {
 }
 
 
+def require_supported(folder: Path) -> None:
+    """Makes sure that llama.cpp computes and tokenizes as a folder in Hugging Face layout says; reads no weights.
+
+    Raises:
+        RecipeError: it would not; says what differs.
+        BaseModelError: the tokenizer cannot be read.
+    """
+    vocabulary_metadata(folder, size=Architecture.of_folder(folder).vocabulary_size)
+
+
 def write_gguf(
     path: Path,
     weights: Iterable[tuple[str, Stored]],

@@ -173,9 +173,10 @@ def _types(files: _Files, ids: Mapping[str, int], size: int, *, has_bytes: bool)
     for token in files.added:
         types[int(str(token["id"]))] = int(TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED)
     # transformers reads the texts of the named special tokens as these tokens, added or not.
-    for name, text in files.special.items():
+    unknown = files.special.get("unk_token") if has_bytes else None
+    for text in files.special.values():
         if text in ids:
-            types[ids[text]] = int(TokenType.UNKNOWN if name == "unk_token" and has_bytes else TokenType.CONTROL)
+            types[ids[text]] = int(TokenType.UNKNOWN if text == unknown else TokenType.CONTROL)
     return types
 
 
@@ -204,7 +205,9 @@ def _byte_level(files: _Files) -> Metadata:
 def _sentencepiece(files: _Files, texts: Sequence[str]) -> Metadata:
     """llama.cpp joins neighbours whose union has the best score; a score is minus the rank of the merge here."""
     merges = _merges(files)
-    _require_scores_can_say(merges, set(texts))
+    # Added tokens are cut out of a text before anything merges, in both worlds.
+    added = {str(token["content"]) for token in files.added}
+    _require_scores_can_say(merges, {str(text) for text in _object(files.model.get("vocab"))} - added)
     scores = dict.fromkeys(texts, 0.0)
     for rank, (first, second) in reversed(list(enumerate(merges))):
         scores[first + second] = -float(rank)

@@ -9,8 +9,9 @@ file to be side by side, and ``layerwise``, ``scaling``, ``tuning``, ``learned``
 methods that do so.
 """
 
-from qlora_trainer.stages.export.catalog import integer_format_of, layers_of, require_fitting
-from qlora_trainer.stages.export.inputs import AdapterFactors, ExportInputs, MergeBase, TaskData, WrittenExport
+from qlora_trainer.export_formats import MergeBase
+from qlora_trainer.stages.export.catalog import integer_format_of, layers_of, require_writable
+from qlora_trainer.stages.export.inputs import AdapterFactors, ExportInputs, TaskData, WrittenExport
 from qlora_trainer.stages.export.opening import (
     BASE_RUNTIME,
     Opened,
@@ -19,7 +20,7 @@ from qlora_trainer.stages.export.opening import (
     reference_model,
     why_no_runtime,
 )
-from qlora_trainer.stages.export.rungs import Shelf, Way, method_in_words, rungs_of
+from qlora_trainer.stages.export.rungs import Shelf, Way, method_in_words
 from qlora_trainer.stages.export.standing import HeldOut, Standing, resampling_of, standing
 from qlora_trainer.stages.export.writing import write
 
@@ -41,9 +42,8 @@ __all__ = [
     "method_in_words",
     "open_in_runtime",
     "reference_model",
-    "require_fitting",
+    "require_writable",
     "resampling_of",
-    "rungs_of",
     "standing",
     "why_no_runtime",
     "write",

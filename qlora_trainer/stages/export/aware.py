@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.data.batches import BatchPlan, collate, training_micro_batches
+from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.numerics.integer_weight import GridSpec
 from qlora_trainer.numerics.loss import IGNORE_INDEX, summed_nats
 from qlora_trainer.numerics.low_rank import merged_weight
@@ -19,7 +20,7 @@ from qlora_trainer.numerics.merging import quantized_merged_product
 from qlora_trainer.recipe import Rounding
 from qlora_trainer.runners import transformers as runner
 from qlora_trainer.runners.causal_lm import label_logits
-from qlora_trainer.stages.export.inputs import ExportInputs, MergeBase
+from qlora_trainer.stages.export.inputs import ExportInputs
 
 RATE_SHARE = 0.15
 """First rate as a share of training's peak: where a cosine schedule stands when a quarter of it is left."""

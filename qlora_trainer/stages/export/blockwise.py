@@ -10,17 +10,19 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round_to_nearest
 from qlora_trainer.runners.blocks import BlockwiseModel, Start
 from qlora_trainer.runtime.device import choose_device
 from qlora_trainer.stages.export.calibration import CalibrationBatch, calibration_batches
-from qlora_trainer.stages.export.inputs import ExportInputs, MergeBase
+from qlora_trainer.stages.export.inputs import ExportInputs
 from qlora_trainer.stages.export.rounded import OUTSIDE, RoundedModel
 
 _NUMBERED = re.compile(r"(.+?\.\d+)\.")
@@ -79,10 +81,15 @@ BlockMethod = Callable[[BlockAtWork], RoundedBlock]
 
 
 class Bench:
-    """A model to be rounded, block by block, and the rows to learn from."""
+    """A model to be rounded, block by block, and the rows to learn from.
 
-    def __init__(self, inputs: ExportInputs) -> None:
-        self.inputs = inputs
+    Args:
+        inputs: what files are made from.
+        scratch: an existing folder for hidden states that wait for their turn; None = the system's.
+    """
+
+    def __init__(self, inputs: ExportInputs, scratch: Path | None = None) -> None:
+        self.inputs, self.scratch = inputs, scratch
         self.device = choose_device()
         # Every block holds rounded layers, so a tensor beside none of them lies outside the blocks.
         beside = {match[1] for module in inputs.layers.quantized if (match := _NUMBERED.match(module))}
@@ -136,37 +143,56 @@ def round_blocks(bench: Bench, into: MergeBase, spec: GridSpec, method: BlockMet
         method: rounds one block.
         target: gets the blocks.
     """
-    before_trained = [start.hidden for start in bench.starts]
-    before_rounded = list(before_trained)
-    for index, name in enumerate(bench.model.block_names):
-        trained = bench.weights_of(name, "dequantized")
-        merged = trained if into == "dequantized" else bench.weights_of(name, into)
-        with bench.block(index, trained) as module:
-            call = bench.caller(index, module)
-            work = BlockAtWork(
-                name,
-                bench.linears_of(name),
-                trained,
-                merged,
-                bench.batches,
-                before_trained,
-                before_rounded,
-                call,
-                module,
-            )
-            rounded = method(work)
-            matrices = {key: weight.dequantized() for key, weight in rounded.matrices.items()}
-            file = {**work.with_matrices(matrices), **rounded.plain}
-            before_trained = [call(trained, hidden, batch) for batch, hidden in enumerate(before_trained)]
-            before_rounded = [call(file, hidden, batch) for batch, hidden in enumerate(before_rounded)]
-        target.write_block(
-            name,
-            {key: _on_cpu(weight) for key, weight in rounded.matrices.items()},
-            plain=rounded.plain,
-            columns=rounded.columns,
-            rows=rounded.rows,
-        )
+    streams = _Streams([start.hidden for start in bench.starts], [start.hidden for start in bench.starts])
+    for index in range(len(bench.model.block_names)):
+        # A function of its own, so that nothing of a block is in memory when the next one is read.
+        streams = _round_block(bench, index, into, method, target, streams)
     round_outside(bench, into, spec, target)
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Hidden states between two blocks, one tensor a batch: of the trained function, and of the file."""
+
+    trained: list[Tensor]
+    rounded: list[Tensor]
+
+
+def _round_block(
+    bench: Bench, index: int, into: MergeBase, method: BlockMethod, target: RoundedModel, before: _Streams
+) -> _Streams:
+    """Rounds and writes one block; gives the streams behind it."""
+    name = bench.model.block_names[index]
+    trained = bench.weights_of(name, "dequantized")
+    merged = trained if into == "dequantized" else bench.weights_of(name, into)
+    with bench.block(index, trained) as module:
+        call = bench.caller(index, module)
+        work = BlockAtWork(
+            name,
+            bench.linears_of(name),
+            trained,
+            merged,
+            bench.batches,
+            before.trained,
+            before.rounded,
+            call,
+            module,
+        )
+        rounded = method(work)
+        matrices = {key: weight.dequantized() for key, weight in rounded.matrices.items()}
+        file = {**work.with_matrices(matrices), **rounded.plain}
+        behind = _Streams(
+            [call(trained, hidden, batch) for batch, hidden in enumerate(before.trained)],
+            [call(file, hidden, batch) for batch, hidden in enumerate(before.rounded)],
+        )
+    target.write_block(
+        name,
+        {key: _on_cpu(weight) for key, weight in rounded.matrices.items()},
+        plain=rounded.plain,
+        columns=rounded.columns,
+        rows=rounded.rows,
+    )
+    return behind
 
 
 def round_outside(bench: Bench, into: MergeBase, spec: GridSpec, target: RoundedModel) -> None:
@@ -183,12 +209,17 @@ def round_outside(bench: Bench, into: MergeBase, spec: GridSpec, target: Rounded
 def trained_ends(bench: Bench) -> list[Tensor]:
     """Hidden states of the trained function after the last block, one tensor a batch."""
     hidden = [start.hidden for start in bench.starts]
-    for index, name in enumerate(bench.model.block_names):
-        weights = bench.weights_of(name, "dequantized")
-        with bench.block(index, weights) as module:
-            call = bench.caller(index, module)
-            hidden = [call(weights, each, batch) for batch, each in enumerate(hidden)]
+    for index in range(len(bench.model.block_names)):
+        hidden = _behind(bench, index, hidden)
     return hidden
+
+
+def _behind(bench: Bench, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Hidden states of the trained function after one block; nothing of the block stays."""
+    weights = bench.weights_of(bench.model.block_names[index], "dequantized")
+    with bench.block(index, weights) as module:
+        call = bench.caller(index, module)
+        return [call(weights, each, batch) for batch, each in enumerate(hidden)]
 
 
 def _stands_in(name: str, places: Collection[str]) -> bool:

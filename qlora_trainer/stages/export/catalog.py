@@ -1,18 +1,20 @@
 """The format behind each name of a recipe that stores matrices in its own way."""
 
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from qlora_trainer.errors import RecipeError
-from qlora_trainer.export_formats import FACTS, unfit_in_words, unfit_layers
+from qlora_trainer.export_formats import FACTS, can_mix, unfit_in_words, unfit_layers, unwritable
+from qlora_trainer.formats import gguf
 from qlora_trainer.formats.bitsandbytes import Bitsandbytes
 from qlora_trainer.formats.compressed_tensors import CompressedTensors
 from qlora_trainer.formats.gguf import GgufBlocks, GgufKind
 from qlora_trainer.formats.gptq import Gptq
 from qlora_trainer.formats.safetensors_16bit import Safetensors16bit
 from qlora_trainer.formats.weight_format import IntegerFormat, WeightFormat
-from qlora_trainer.recipe import ExportFormat, FloatType
+from qlora_trainer.recipe import ExportFormat, FloatType, Recipe
 from qlora_trainer.records import LinearLayers
 
 NOTHING_RAISED: frozenset[str] = frozenset()
@@ -70,11 +72,6 @@ def integer_format_of(
     return GgufBlocks(kind, raised)
 
 
-def can_mix(name: ExportFormat) -> bool:
-    """Whether a format can store some layers with 8 bits and the rest with fewer."""
-    return FACTS[name].kind == "integer" and FACTS[name].bits < 8 and not name.startswith("gptq_")
-
-
 def layers_of(name: ExportFormat, layers: LinearLayers) -> LinearLayers:
     """The layers as a format holds them: what its blocks do not divide is left in 16 bit."""
     unfit = unfit_layers(name, layers.quantized)
@@ -85,13 +82,26 @@ def layers_of(name: ExportFormat, layers: LinearLayers) -> LinearLayers:
     )
 
 
-def require_fitting(names: tuple[ExportFormat, ...], layers: LinearLayers, *, allow_16bit_layers: bool = False) -> None:
-    """Refuses formats that cannot hold the model, before anything is trained.
+def require_writable(recipe: Recipe, base: Path, layers: LinearLayers) -> None:
+    """Refuses formats that cannot hold the model, before anything is trained for them.
+
+    Args:
+        recipe: the formats, and what their files are made from.
+        base: folder of the base model.
+        layers: its linear layers.
 
     Raises:
-        RecipeError: names every format that does not fit, with one that does.
+        RecipeError: names every problem, with what fits.
     """
-    problems = [unfit_in_words(name, layers.quantized) for name in names]
-    found = [problem for problem in problems if problem is not None]
-    if found and not allow_16bit_layers:
-        raise RecipeError("\n".join(found))
+    names = recipe.export.formats
+    problems = list(unwritable(recipe))
+    if not recipe.export.allow_16bit_layers:
+        unfit = [unfit_in_words(name, layers.quantized) for name in names]
+        problems += [problem for problem in unfit if problem is not None]
+    if any(FACTS[name].runtime == "llama_cpp" for name in names):
+        try:
+            gguf.require_supported(base)
+        except RecipeError as error:
+            problems.append(f"export.formats: {error}")
+    if problems:
+        raise RecipeError("\n".join(problems))

@@ -1,15 +1,18 @@
 """KL to the trained function and its gradients through the whole model, a block at a time.
 
 A pass runs forward block by block, keeping only the hidden states between blocks, and backward block by block,
-recomputing each: gradient checkpointing whose weights come from disk.
+recomputing each: gradient checkpointing whose weights come from disk, and whose hidden states wait there too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from qlora_trainer.numerics.loss import IGNORE_INDEX, kl_to, label_positions
+from qlora_trainer.runtime.weight_files import read_file, write_tensors
 from qlora_trainer.stages.export.blockwise import Bench
 
 WeightsOf = Callable[[str], tuple[Mapping[str, Tensor], Sequence[Tensor]]]
@@ -30,24 +33,41 @@ def kl_and_gradients(
         weights_of: the file's weights; called twice for each block.
         on_gradients: gets a block's gradients, in the order of ``weights_of``; blocks come last to first.
     """
-    names = bench.model.block_names
-    between = [bench.starts[batch].hidden]
-    with torch.no_grad():
-        for index, name in enumerate(names):
-            weights, _ = weights_of(name)
-            with bench.block(index, weights) as module:
-                between.append(bench.caller(index, module)(weights, between[-1], batch))
-    last = between.pop().detach().requires_grad_()
-    loss = _mean_kl(bench, trained[batch], last, batch)
-    (gradient,) = torch.autograd.grad(loss, last)
-    for index in reversed(range(len(names))):
-        before = between.pop().detach().requires_grad_()
-        weights, wanted = weights_of(names[index])
-        with bench.block(index, {name: tensor.detach() for name, tensor in weights.items()}) as module:
-            output = bench.caller(index, module)(weights, before, batch)
-            gradient, *own = torch.autograd.grad(output, (before, *wanted), gradient)
-        on_gradients(names[index], own)
+    blocks = range(len(bench.model.block_names))
+    hidden = bench.starts[batch].hidden
+    with TemporaryDirectory(dir=bench.scratch) as folder:
+        files = [Path(folder) / f"{index}.safetensors" for index in blocks]
+        for index, file in zip(blocks, files, strict=True):
+            write_tensors(file, {"hidden": hidden})
+            hidden = _forward(bench, index, batch, hidden, weights_of)
+        last = hidden.detach().requires_grad_()
+        loss = _mean_kl(bench, trained[batch], last, batch)
+        (gradient,) = torch.autograd.grad(loss, last)
+        for index in reversed(blocks):
+            before = read_file(files[index])["hidden"].to(bench.device)
+            gradient, own = _backward(bench, index, batch, before, gradient, weights_of)
+            on_gradients(bench.model.block_names[index], own)
     return float(loss.detach())
+
+
+# Functions of their own, so that nothing of a block is in memory when the next one is read.
+@torch.no_grad()
+def _forward(bench: Bench, index: int, batch: int, hidden: Tensor, weights_of: WeightsOf) -> Tensor:
+    weights, _ = weights_of(bench.model.block_names[index])
+    with bench.block(index, weights) as module:
+        return bench.caller(index, module)(weights, hidden, batch)
+
+
+def _backward(
+    bench: Bench, index: int, batch: int, before: Tensor, gradient: Tensor, weights_of: WeightsOf
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the hidden states before a block, and of what is wanted in it."""
+    before.requires_grad_()
+    weights, wanted = weights_of(bench.model.block_names[index])
+    with bench.block(index, {name: tensor.detach() for name, tensor in weights.items()}) as module:
+        output = bench.caller(index, module)(weights, before, batch)
+        first, *own = torch.autograd.grad(output, (before, *wanted), gradient)
+    return first, own
 
 
 def _mean_kl(bench: Bench, trained: Tensor, last: Tensor, batch: int) -> Tensor:

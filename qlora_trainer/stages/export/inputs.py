@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.data.tokenizer import TextTokenizer
+from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.recipe import Calibration, ExportFormat, FloatType, Rounding
 from qlora_trainer.records import LinearLayers
 
-MergeBase = Literal["dequantized", "original"]
 Weights = Iterator[tuple[str, Tensor]]
 Wanted = Callable[[str], bool]
 OnMerged = Callable[[str, Tensor, Tensor], None]

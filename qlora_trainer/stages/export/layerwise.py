@@ -5,7 +5,7 @@ second-order compensation; AWQ (arXiv 2306.00978) scales salient inputs up and r
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,13 +43,14 @@ def gptq_method(spec: GridSpec, settings: Rounding) -> BlockMethod:
     """
 
     def round_block(work: BlockAtWork) -> RoundedBlock:
-        return RoundedBlock(
-            {
-                module: _solve(work, module, gram, spec, settings)
-                for modules, gram in grams_of(work).items()
-                for module in modules
-            }
-        )
+        rounded: dict[str, IntegerWeight] = {}
+        file = dict(work.merged)
+        for modules in reading_alike(work):
+            gram = gram_of(work, modules, file)
+            for module in modules:
+                rounded[module] = _solve(work, module, gram, spec, settings)
+                file[f"{module}.weight"] = rounded[module].dequantized()
+        return RoundedBlock(rounded)
 
     return round_block
 
@@ -66,51 +67,53 @@ def _solve(work: BlockAtWork, module: str, gram: Gram, spec: GridSpec, settings:
     return solved.weight
 
 
-def grams_of(work: BlockAtWork) -> dict[tuple[str, ...], Gram]:
-    """Gram matrices of a block's layers; layers that read the same tensor share one.
-
-    Both streams pass the unrounded block: a layer's inputs are those that the rounding of earlier blocks left.
-    """
-    sums: dict[tuple[str, ...], Gram] = {}
+def reading_alike(work: BlockAtWork) -> list[tuple[str, ...]]:
+    """A block's layers in groups that read the very same tensor, in the order of the block's definition."""
     with inputs_of(work.module, work.name, work.linears) as seen:
+        inputs = _inputs(work, work.merged, work.before_rounded[0], 0, seen)
+    groups: dict[int, list[str]] = {}
+    for module, tensor in inputs.items():
+        groups.setdefault(tensor.data_ptr(), []).append(module)
+    return [tuple(modules) for modules in groups.values()]
+
+
+def gram_of(work: BlockAtWork, modules: tuple[str, ...], file: Mapping[str, Tensor]) -> Gram:
+    """The Gram matrix of layers that read the same tensor.
+
+    Args:
+        work: the block.
+        modules: the layers.
+        file: the block's weights as they are in the file so far, by checkpoint name: a layer's inputs are those that
+            the rounding of earlier blocks and of earlier layers of this block leaves.
+    """
+    first = modules[0]
+    total: Gram | None = None
+    with inputs_of(work.module, work.name, [first]) as seen:
         for number, batch in enumerate(work.batches):
-            trained = _inputs(work, work.trained, work.before_trained[number], number, seen)
-            rounded = _inputs(work, work.merged, work.before_rounded[number], number, seen)
-            for modules in _sharing(rounded, tuple(sums)):
-                ours = rounded[modules[0]][batch.real].float()
-                theirs = trained[modules[0]][batch.real].float()
-                gram = sums.get(modules)
-                if gram is None:
-                    sums[modules] = Gram(ours.T @ ours, theirs.T @ ours, ours.abs().sum(dim=0))
-                else:
-                    gram.rounded.addmm_(ours.T, ours)
-                    gram.cross.addmm_(theirs.T, ours)
-                    gram.magnitude.add_(ours.abs().sum(dim=0))
-    return sums
+            theirs = _inputs(work, work.trained, work.before_trained[number], number, seen)[first][batch.real].float()
+            ours = _inputs(work, file, work.before_rounded[number], number, seen)[first][batch.real].float()
+            if total is None:
+                total = Gram(ours.T @ ours, theirs.T @ ours, ours.abs().sum(dim=0))
+            else:
+                total.rounded.addmm_(ours.T, ours)
+                total.cross.addmm_(theirs.T, ours)
+                total.magnitude.add_(ours.abs().sum(dim=0))
+    assert total is not None
+    return total
 
 
 def _inputs(
     work: BlockAtWork, weights: Mapping[str, Tensor], hidden: Tensor, number: int, seen: dict[str, list[Tensor]]
 ) -> dict[str, Tensor]:
-    """What each layer reads when a batch passes the block."""
+    """What each listened-to layer reads when a batch passes the block."""
     for tensors in seen.values():
         tensors.clear()
     work.call(weights, hidden, number)
-    silent = [module for module in work.linears if len(seen[module]) != 1]
+    silent = [module for module, tensors in seen.items() if len(tensors) != 1]
     if silent:
         calls = ", ".join(f"{module} ({len(seen[module])} times)" for module in silent)
         raise ValueError(
-            f"{calls}: GPTQ needs layers that are called once in a forward pass; set rounding.method: awq or "
+            f"{calls}: layer-wise rounding needs layers that are called once in a forward pass; set "
             "ladder.start_rung_int4: 3"
         )
     return {module: tensors[0] for module, tensors in seen.items()}
-
-
-def _sharing(inputs: Mapping[str, Tensor], known: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
-    """Groups of modules that read the very same tensor."""
-    if known:
-        return known
-    groups: dict[int, list[str]] = {}
-    for module, tensor in inputs.items():
-        groups.setdefault(tensor.data_ptr(), []).append(module)
-    return [tuple(modules) for modules in groups.values()]

@@ -1,16 +1,16 @@
 """A written file in the runtime that serves it, and beside it the weights that it should hold."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from qlora_trainer.export_formats import FACTS
+from qlora_trainer.export_formats import FACTS, missing_modules
 from qlora_trainer.formats import gguf
 from qlora_trainer.formats.peft_adapter import attach
+from qlora_trainer.recipe import ExportFormat
 from qlora_trainer.records import ExportedModel
 from qlora_trainer.runners import llama_cpp
 from qlora_trainer.runners import transformers as runner
@@ -21,8 +21,6 @@ from qlora_trainer.stages.export.writing import GGUF_ADAPTER_FILE, GGUF_FILE, de
 BASE_RUNTIME = "transformers"
 PARITY_ROWS = 50
 """Training rows whose texts are tokenized and rendered in both worlds."""
-
-_IMPORTED_AS = {"qlora-trainer[gguf]": "llama_cpp", "gptqmodel optimum": "gptqmodel"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,14 @@ class Opened:
     why_not_verified: str | None = None
 
 
-def why_no_runtime(name: str) -> str | None:
+def why_no_runtime(name: ExportFormat) -> str | None:
     """Why a format's runtime cannot be opened here, and how to install it; None where it can."""
-    package = next((facts.package for each, facts in FACTS.items() if each == name), None)
-    if package is None or find_spec(_IMPORTED_AS[package]) is not None:
+    package, missing = FACTS[name].package, missing_modules(name)
+    if package is None or not missing:
         return None
     return (
-        f"{_IMPORTED_AS[package]} is not installed, so the file was not opened in its runtime; its figures are those "
-        f"of its weights as decoded here. Install: pip install '{package}'"
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed, so the file was not opened in "
+        f"its runtime; its figures are those of its weights as decoded here. Install: {package.install}"
     )
 
 

@@ -1,19 +1,19 @@
 """Rung 5: the layers whose rounding costs most KL get 8 bits.
 
 Near the trained function the KL of a file is quadratic in its weights' errors, ``KL = e^T F e / 2`` with e the errors
-of all layers. Its gradient at the file is ``F e``, so the products ``<gradient, error>`` of single layers add up to twice
-the KL: each is the layer's share. One backward pass gives them all, where leaving out layer by layer would take a pass
-for each.
+of all layers. Its gradient at the file is ``F e``, so the products ``<gradient, error>`` of single layers add up to
+twice the KL: each is the layer's share. One backward pass gives them all, where leaving out layer by layer would take
+a pass for each.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
+from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round_to_nearest
 from qlora_trainer.stages.export.blockwise import Bench, trained_ends
 from qlora_trainer.stages.export.end_to_end import kl_and_gradients
-from qlora_trainer.stages.export.inputs import MergeBase
 from qlora_trainer.stages.export.rounded import RoundedModel
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -10,14 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qlora_trainer.errors import RecipeError
-from qlora_trainer.export_formats import FACTS
+from qlora_trainer.export_formats import FACTS, MergeBase
 from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round_to_nearest
-from qlora_trainer.recipe import ExportFormat, Ladder, Rounding
+from qlora_trainer.recipe import ExportFormat, Rounding
 from qlora_trainer.runtime.atomic import write_text, writing_folder
 from qlora_trainer.stages.export.aware import aware_matrices
 from qlora_trainer.stages.export.blockwise import Bench, round_blocks
-from qlora_trainer.stages.export.catalog import can_mix
-from qlora_trainer.stages.export.inputs import ExportInputs, MergeBase
+from qlora_trainer.stages.export.inputs import ExportInputs
 from qlora_trainer.stages.export.layerwise import gptq_method
 from qlora_trainer.stages.export.learned import learned_method
 from qlora_trainer.stages.export.raising import worst_layers
@@ -37,24 +36,6 @@ class Way:
 
     rung: int
     into: MergeBase
-
-
-def rungs_of(name: ExportFormat, ladder: Ladder, *, has_magnitudes: bool) -> tuple[int, ...]:
-    """The rungs that a format's ladder has, lowest first; rung 0 always, as the row to beat.
-
-    Only integers on an affine grid can be chosen here. DoRA's weights are no base plus s B A that could be trained
-    through a rounding (rung 4). Formats that store all layers alike cannot give some more bits (rung 5).
-    """
-    facts = FACTS[name]
-    if facts.kind != "integer":
-        return (0,)
-    start = ladder.start_rung_int8 if facts.bits >= 8 else ladder.start_rung_int4
-    climbed = list(range(max(1, start), ladder.last_rung + 1))
-    if has_magnitudes:
-        climbed = [rung for rung in climbed if rung != 4]
-    if not can_mix(name):
-        climbed = [rung for rung in climbed if rung != 5]
-    return (0, *climbed)
 
 
 def method_in_words(rung: int, name: ExportFormat, rounding: Rounding) -> str:
@@ -101,7 +82,7 @@ class Shelf:
         """Modules that get 8 bits on rung 5, for the file that was made in this way; kept beside the rounded models."""
         file = self._place(way.into, spec, f"worst-of-rung-{way.rung}").with_suffix(".json")
         if not file.exists():
-            worst = worst_layers(Bench(self.inputs), way.into, spec, self.rounded(way, spec))
+            worst = worst_layers(self._bench(), way.into, spec, self.rounded(way, spec))
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(worst))
         return frozenset(json.loads(file.read_text(encoding="utf-8")))
@@ -125,27 +106,34 @@ class Shelf:
             method = learned_method(spec, rounding, seed=self.inputs.data.seed)
         else:
             method = {"gptq": gptq_method, "awq": awq_method}[rounding.method](spec, rounding)
-        round_blocks(Bench(self.inputs), into, spec, method, target)
+        round_blocks(self._bench(), into, spec, method, target)
 
     def _make_aware(self, into: MergeBase, spec: GridSpec, target: RoundedModel) -> None:
-        bench = Bench(self.inputs)
+        bench = self._bench()
+        missing = {name: set(bench.linears_of(name)) for name in bench.model.block_names}
+        missing[OUTSIDE] = set(bench.linears_of(None))
         blocks: dict[str, dict[str, IntegerWeight]] = {}
         for module, matrix in aware_matrices(self.inputs, into, spec, self.inputs.rounding):
             block = bench.model.block_of(f"{module}.weight") or OUTSIDE
             blocks.setdefault(block, {})[module] = round_to_nearest(matrix.cpu(), spec)
-        for name, matrices in blocks.items():
-            target.write_block(name, matrices)
+            missing[block].remove(module)
+            if not missing[block]:
+                target.write_block(block, blocks.pop(block))
 
     def _tuned(self, way: Way, spec: GridSpec, kind: str) -> RoundedModel:
         folder = self._place(way.into, spec, f"{kind}-tuned")
         if not folder.exists():
             source = self._kept(way, spec, kind)
             with TemporaryDirectory(dir=self.folder) as at_work:
-                tuning = ScaleTuning(Bench(self.inputs), way.into, spec, source, Path(at_work))
+                tuning = ScaleTuning(self._bench(), way.into, spec, source, Path(at_work))
                 tuning.run(self.inputs.rounding)
                 with writing_folder(folder) as partial:
                     tuning.write(RoundedModel(partial))
         return RoundedModel(folder)
+
+    def _bench(self) -> Bench:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Bench(self.inputs, self.folder)
 
     def _place(self, into: MergeBase, spec: GridSpec, kind: str) -> Path:
         scale = str(spec.scale_dtype).removeprefix("torch.")

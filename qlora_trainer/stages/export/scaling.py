@@ -6,7 +6,7 @@ shared. Whether that leaves the block's function as it is, is tried on a batch, 
 work otherwise is refused and not spoilt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from qlora_trainer.numerics.awq import search_scale
 from qlora_trainer.numerics.integer_weight import GridSpec, round_to_nearest
 from qlora_trainer.recipe import Rounding
 from qlora_trainer.stages.export.blockwise import BlockAtWork, BlockMethod, RoundedBlock
-from qlora_trainer.stages.export.layerwise import Gram, grams_of
+from qlora_trainer.stages.export.layerwise import gram_of, reading_alike
 
 SAME_FUNCTION = 1e-4
 """Largest relative difference of hidden states behind a block that scaling may make: float32 sums in another order."""
@@ -49,23 +49,25 @@ def awq_method(spec: GridSpec, _settings: Rounding) -> BlockMethod:
     """Rounds a block to nearest after its salient inputs were scaled."""
 
     def round_block(work: BlockAtWork) -> RoundedBlock:
-        grams = grams_of(work)
+        groups = reading_alike(work)
         weights = dict(work.merged)
         columns: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
         for producer in PRODUCERS:
-            readers, gram = _readers(producer, grams)
+            readers = _readers(producer, groups)
             place = f"{work.name}.{producer.name}.weight"
             # Where several heads share a value head, an input has no row of its own there.
-            if readers and place in weights and len(weights[place]) == len(gram.magnitude):
-                matrices = [weights[f"{module}.weight"] for module in readers]
-                scale = search_scale(matrices, gram.magnitude, gram.rounded, spec)
-                for module in readers:
-                    weights[f"{module}.weight"] = weights[f"{module}.weight"] * scale
-                    columns[module] = scale
-                weights[place] = weights[place] / (scale if producer.is_norm else scale.unsqueeze(1))
-                if not producer.is_norm:
-                    rows[place.removesuffix(".weight")] = scale
+            if not readers or len(weights.get(place, ())) != work.merged[f"{readers[0]}.weight"].shape[1]:
+                continue
+            gram = gram_of(work, readers, work.merged)
+            matrices = [weights[f"{module}.weight"] for module in readers]
+            scale = search_scale(matrices, gram.magnitude, gram.rounded, spec)
+            for module in readers:
+                weights[f"{module}.weight"] = weights[f"{module}.weight"] * scale
+                columns[module] = scale
+            weights[place] = weights[place] / (scale if producer.is_norm else scale.unsqueeze(1))
+            if not producer.is_norm:
+                rows[place.removesuffix(".weight")] = scale
         _require_same_function(work, weights)
         matrices_rounded = {module: round_to_nearest(weights[f"{module}.weight"], spec) for module in work.linears}
         plain = {
@@ -78,12 +80,10 @@ def awq_method(spec: GridSpec, _settings: Rounding) -> BlockMethod:
     return round_block
 
 
-def _readers(producer: Producer, grams: Mapping[tuple[str, ...], Gram]) -> tuple[tuple[str, ...], Gram]:
-    """The layers that read a producer, all of them or none, and their Gram matrix."""
-    for modules, gram in grams.items():
-        if {module.rpartition(".")[2] for module in modules} == producer.readers:
-            return modules, gram
-    return (), Gram(torch.empty(0, 0), torch.empty(0, 0), torch.empty(0))
+def _readers(producer: Producer, groups: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The layers that read a producer, all of them or none."""
+    wanted = [group for group in groups if {module.rpartition(".")[2] for module in group} == producer.readers]
+    return wanted[0] if wanted else ()
 
 
 def _require_same_function(work: BlockAtWork, weights: Mapping[str, Tensor]) -> None:

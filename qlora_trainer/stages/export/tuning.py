@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.numerics.affine import Grid, dequantize
 from qlora_trainer.numerics.integer_weight import GridSpec
 from qlora_trainer.numerics.scales import rescaled, tuned_scale
@@ -19,7 +20,6 @@ from qlora_trainer.recipe import Rounding
 from qlora_trainer.runtime.weight_files import read_file, write_tensors
 from qlora_trainer.stages.export.blockwise import Bench, trained_ends
 from qlora_trainer.stages.export.end_to_end import kl_and_gradients
-from qlora_trainer.stages.export.inputs import MergeBase
 from qlora_trainer.stages.export.rounded import RoundedModel
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.errors import VerificationError
-from qlora_trainer.export_formats import FACTS
+from qlora_trainer.export_formats import FACTS, MergeBase
 from qlora_trainer.formats import gguf
 from qlora_trainer.formats.model_folder import Stored, read_model, write_model
 from qlora_trainer.formats.weight_format import WeightFormat
@@ -20,17 +20,19 @@ from qlora_trainer.records import LinearLayers
 from qlora_trainer.runners import llama_cpp
 from qlora_trainer.runtime.atomic import writing_folder
 from qlora_trainer.stages.export.catalog import NOTHING_RAISED, layers_of, weight_format_of
-from qlora_trainer.stages.export.inputs import ExportInputs, MergeBase, OnMerged, WrittenExport
+from qlora_trainer.stages.export.inputs import ExportInputs, OnMerged, WrittenExport
 from qlora_trainer.stages.export.rounded import RoundedModel
 
 GGUF_FILE = "model.gguf"
 GGUF_ADAPTER_FILE = "adapter.gguf"
 
 # Mean KL in nats between the runtime and the weights as computed here. 16-bit, NF4 and packed integers multiply the
-# same weights by the same kernel, so all that may differ is the order of sums. bitsandbytes' int8 and llama.cpp's
-# quantized blocks also round activations to 8 bits at run time, which no weight can show.
+# same weights by the same kernel, so all that may differ is the order of sums (llama.cpp's 16 bit: 8e-7 seen).
+# bitsandbytes' int8 and llama.cpp's quantized blocks also round activations to 8 bits at run time, which no weight can
+# show: llama.cpp differed by 8e-5 to 4e-4 on three models, whatever the bits of the weights.
 TOLERANCE_SAME_KERNEL = 1e-4
-TOLERANCE_DYNAMIC_ACTIVATIONS = 1e-2
+TOLERANCE_LLAMA_CPP = 2e-3
+TOLERANCE_BITSANDBYTES_INT8 = 1e-2
 
 
 def write(
@@ -114,18 +116,20 @@ class _Measured:
         self.places = {} if rounded is None else rounded.places()
         self.digests: dict[str, str] = {}
         self.survived: dict[str, float] = {}
-        self._expected: dict[str, tuple[Tensor, Tensor]] = {}
+        # Of the one matrix that is about to be written: some that come are not quantized, and nobody asks for theirs.
+        self._expected: tuple[str, Tensor, Tensor] | None = None
 
     def expect(self, module: str, merged: Tensor, base: Tensor) -> None:
         """Notes a matrix that is about to be written."""
-        self._expected[module] = (merged, base)
+        self._expected = (module, merged, base)
 
     def note(self, module: str, _weight: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Measures a matrix that was encoded."""
         decoded = self.weight_format.of(module).decode(parts)
         self.digests[module] = _digest(decoded)
-        merged, base = self._expected.pop(module, (None, None))
-        if merged is not None and base is not None:
+        expected, self._expected = self._expected, None
+        if expected is not None and expected[0] == module:
+            _, merged, base = expected
             found = decoded.float()
             if self.rounded is not None and module in self.places:
                 found = self.rounded.unscaled(self.places[module], module, found)
@@ -240,12 +244,16 @@ def _written(
     layers_raised: tuple[str, ...] = (),
 ) -> WrittenExport:
     facts = FACTS[name]
-    is_dynamic = name == "bitsandbytes_int8" or (facts.runtime == "llama_cpp" and facts.bits < 16)
+    tolerance = TOLERANCE_SAME_KERNEL
+    if facts.runtime == "llama_cpp" and facts.bits < 16:
+        tolerance = TOLERANCE_LLAMA_CPP
+    elif name == "bitsandbytes_int8":
+        tolerance = TOLERANCE_BITSANDBYTES_INT8
     return WrittenExport(
         format=name,
         bits=facts.bits,
         folder=folder,
-        tolerance=TOLERANCE_DYNAMIC_ACTIVATIONS if is_dynamic else TOLERANCE_SAME_KERNEL,
+        tolerance=tolerance,
         merged_into=into,
         survived=survived,
         layers_16bit=layers_16bit,
@@ -273,5 +281,6 @@ def _require_read_back(
 def _digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, its type and shape."""
     data = tensor.contiguous()
-    head = f"{data.dtype}{tuple(data.shape)}".encode()
-    return hashlib.sha256(head + data.view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
+    digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -39,7 +39,8 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 
 def sentencepiece_like(folder: Path, **changes: Any) -> Path:
     """A tokenizer of the words "ab" and "abc", with byte fallback, as converted from SentencePiece."""
-    texts = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "c", "ab", "abc", "▁abc"]
+    # "<" and "s>" would make "<s>", which is cut out of a text before they could.
+    texts = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "c", "ab", "abc", "▁abc", "<", "s>"]
     special = [
         {"id": number, "content": texts[number], "special": True, "lstrip": False, "rstrip": False}
         for number in range(3)
@@ -63,7 +64,7 @@ def sentencepiece_like(folder: Path, **changes: Any) -> Path:
     if "merges" in changes:
         described["model"]["merges"] = changes["merges"]  # type: ignore[index] # the literal above
     (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
@@ -93,15 +94,15 @@ def test_the_quickstart_base_cuts_digits_apart_as_smollm_does() -> None:
 
 
 def test_a_sentencepiece_tokenizer_gets_scores_from_the_order_of_its_merges(tmp_path: Path) -> None:
-    keys = vocabulary_metadata(sentencepiece_like(tmp_path), size=11)
+    keys = vocabulary_metadata(sentencepiece_like(tmp_path), size=13)
     assert keys["tokenizer.ggml.model"] == "llama"
-    assert keys["tokenizer.ggml.scores"] == [0.0] * 8 + [0.0, -1.0, -2.0]
+    assert keys["tokenizer.ggml.scores"] == [0.0] * 9 + [-1.0, -2.0, 0.0, 0.0]
     assert keys["tokenizer.ggml.token_type"] == [
         TokenType.UNKNOWN,
         TokenType.CONTROL,
         TokenType.CONTROL,
         TokenType.BYTE,
-        *[TokenType.NORMAL] * 7,
+        *[TokenType.NORMAL] * 9,
     ]
     assert keys["tokenizer.ggml.add_space_prefix"] is True
     assert keys["tokenizer.ggml.unknown_token_id"] == 0
@@ -110,21 +111,21 @@ def test_a_sentencepiece_tokenizer_gets_scores_from_the_order_of_its_merges(tmp_
 @pytest.mark.parametrize(("scheme", "adds"), [("always", True), ("first", True), ("never", False)])
 def test_metaspace_says_whether_a_blank_is_put_before(scheme: str, adds: bool, tmp_path: Path) -> None:
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    keys = vocabulary_metadata(sentencepiece_like(tmp_path, normalizer=None, pre_tokenizer=metaspace), size=11)
+    keys = vocabulary_metadata(sentencepiece_like(tmp_path, normalizer=None, pre_tokenizer=metaspace), size=13)
     assert keys["tokenizer.ggml.add_space_prefix"] is adds
 
 
 def test_merges_that_no_scores_can_say_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'ab' and 'c' never merge, though 'abc' is a token"):
-        vocabulary_metadata(sentencepiece_like(tmp_path, merges=[["a", "b"], ["▁", "abc"]]), size=11)
+        vocabulary_metadata(sentencepiece_like(tmp_path, merges=[["a", "b"], ["▁", "abc"]]), size=13)
     apart = [["a", "b"], ["ab", "c"], ["▁", "abc"], ["a", "bc"]]
     with pytest.raises(RecipeError, match="lie apart"):
-        vocabulary_metadata(sentencepiece_like(tmp_path, merges=apart), size=11)
+        vocabulary_metadata(sentencepiece_like(tmp_path, merges=apart), size=13)
 
 
 def test_blanks_treated_otherwise_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="treats blanks as SentencePiece does"):
-        vocabulary_metadata(sentencepiece_like(tmp_path, normalizer={"type": "Lowercase"}), size=11)
+        vocabulary_metadata(sentencepiece_like(tmp_path, normalizer={"type": "Lowercase"}), size=13)
 
 
 @pytest.mark.parametrize(("name", "described", "ignores"), PRE_TOKENIZERS)

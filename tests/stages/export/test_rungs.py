@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from qlora_trainer.errors import RecipeError
+from qlora_trainer.export_formats import rungs_of
 from qlora_trainer.numerics.integer_weight import GridSpec, round_to_nearest
 from qlora_trainer.recipe import Ladder, Rounding
-from qlora_trainer.stages.export import ExportInputs, Shelf, Way, rungs_of
+from qlora_trainer.stages.export import ExportInputs, Shelf, Way
 from qlora_trainer.stages.export.blockwise import Bench, RoundedBlock, round_blocks, trained_ends
 from qlora_trainer.stages.export.end_to_end import kl_and_gradients
 from qlora_trainer.stages.export.raising import kl_shares, worst_layers
@@ -63,7 +64,7 @@ def mean_kl(inputs: ExportInputs, rounded: RoundedModel, into: str = "dequantize
 
 
 def test_eight_bits_are_the_trained_function(inputs: ExportInputs, tmp_path: Path) -> None:
-    """Streams, teacher and student are wired right: steps 32 times finer give a thousandth of three bits' KL (about 0.3)."""
+    """Streams, teacher and student are wired right: steps 32 times finer give a thousandth of three bits' KL."""
     assert mean_kl(inputs, nearest(inputs, tmp_path / "fine", FINE)) < 5e-4
 
 
