@@ -40,7 +40,7 @@ class Cell:
     """A trained model and everything that is measured against it."""
 
     def __init__(self, case: dict[str, Any], shared: dict[str, Any], *, size: str, name: str, seed: int) -> None:
-        self.recipe = _recipe(case, shared, rate=case["rates"][size], name=name, seed=seed)
+        self.recipe = recipe_of(case, shared, rate=case["rates"][size], name=name, seed=seed)
         set_threads(1)
         seed_everything(seed)
         self.ground = prepare(self.recipe, trust_remote_code=False)
@@ -57,7 +57,7 @@ class Cell:
         adapted.forget()
         source = self.journey.merge_source(self.quantized, self.trained)
         merged = self.journey.merge(source, self.quantized)
-        self.inputs = self.journey._export_inputs(source, merged, self.quantized, self.trained)
+        self.inputs = self.journey.export_inputs(source, merged, self.quantized, self.trained)
         self.place = root / "files"
         self._seconds_of_rung_1: dict[tuple[Path, str], float] = {}
 
@@ -125,7 +125,7 @@ class Cell:
             dense, recipe.lora, layers=self.ground.layers, compute_dtype="float32", seed=recipe.run.seed
         )
         training = replace(
-            journey._training_inputs(f"dense {journey.training_key(self.quantized)}", self.quantized),
+            journey.training_inputs(f"dense {journey.training_key(self.quantized)}", self.quantized),
             checkpoints=journey.folder.root / "dense-checkpoints",
             adapter=journey.folder.root / "dense-adapter",
         )
@@ -174,7 +174,7 @@ class Cell:
         return evaluate.teach(model, rows.test, tokens=plan.kl_tokens, batch_size=plan.batch_size, pad_id=rows.pad_id)
 
 
-def _recipe(case: dict[str, Any], shared: dict[str, Any], *, rate: float, name: str, seed: int) -> Recipe:
+def recipe_of(case: dict[str, Any], shared: dict[str, Any], *, rate: float, name: str, seed: int) -> Recipe:
     """The case's recipe with what all cases share, one rate and one seed."""
     values = load(Path(case["recipe"])).model_dump(mode="json")
     values["expected"] = None

@@ -130,7 +130,7 @@ def trained_case(recipe: Recipe, folder: Path) -> Iterator[Case]:
             teacher = journey.teacher(quantized, trained, adapted)
             adapted.forget()
             source = journey.merge_source(quantized, trained)
-            inputs = journey._export_inputs(source, journey.merge(source, quantized), quantized, trained)
+            inputs = journey.export_inputs(source, journey.merge(source, quantized), quantized, trained)
         finally:
             journey.end_tracking()
         rounding = inputs.rounding.model_copy(update={"method": "gptq"})

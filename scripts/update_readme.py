@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,14 +21,14 @@ def quickstart_table() -> str:
     report = json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))
     kept = {f"export:{export['format']}": export for export in report["exports"]}
     lines = [
-        "| stage | nats per token [95 %] | exact match | KL to trained | gain kept [95 %] | MiB | verified |",
-        "|---|---|---|---|---|---|---|",
+        "| stage | made by | nats per token [95 %] | exact match | KL to trained | gain kept [95 %] | MiB | verified |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for stage in report["stages"]:
         low, high = stage["interval"]
         export = kept.get(stage["name"])
         lines.append(
-            f"| {stage['name']} | {stage['nats_per_token']:.4f} [{low:.4f}, {high:.4f}] "
+            f"| {stage['name']} | {_made_by(export)} | {stage['nats_per_token']:.4f} [{low:.4f}, {high:.4f}] "
             f"| {stage['metrics']['exact_match']:.1%} | {_kl(stage['kl_to_trained'])} | {_kept(export)} "
             f"| {stage['bytes'] / 2**20:.1f} | {_verified(export)} |"
         )
@@ -67,6 +68,57 @@ def step_table() -> str:
     return "\n".join(lines)
 
 
+def export_table() -> str:
+    """The ways to make a file side by side: share of the learned nats kept, and loss above the trained model."""
+    result = json.loads((RESULTS / "bench_export.json").read_text(encoding="utf-8"))
+    columns: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in result["cells"]:
+        columns.setdefault((cell["case"], cell["size"]), []).append(cell)
+    lines = []
+    for grid in ("int4 g64", "int4 g32", "int8"):
+        heads = [
+            f"{case}, D {mean(cell['delta_share'] for cell in cells):.1%}" for (case, _), cells in columns.items()
+        ]
+        lines += [f"| {grid} | into | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+        keys = dict.fromkeys(
+            (row["method"], row["merged_into"])
+            for cell in result["cells"]
+            for row in cell["rows"]
+            if row["grid"] in {grid, "nf4"}
+        )
+        for key in keys:
+            shown = [_share_and_loss(cells, grid, key) for cells in columns.values()]
+            lines.append(f"| {key[0]} | {key[1]} | {' | '.join(shown)} |")
+        lines.append("")
+    seeds = {f"{case} {size}": len(cells) for (case, size), cells in columns.items()}
+    counts = ", ".join(f"{name} {count}" for name, count in seeds.items())
+    lines.append(
+        "Mean share of the learned nats that is kept, and in brackets thousandths of a nat per token above the trained "
+        f"model, on test rows. Seeds: {counts}. D = size of the learned delta over that of the weights."
+    )
+    return "\n".join(lines)
+
+
+def _share_and_loss(cells: list[dict[str, Any]], grid: str, key: tuple[str, str]) -> str:
+    rows = [
+        row
+        for cell in cells
+        for row in cell["rows"]
+        if row["grid"] in {grid, "nf4"} and (row["method"], row["merged_into"]) == key
+    ]
+    kept = [row["gain_kept"] for row in rows if row["gain_kept"] is not None]
+    if not rows:
+        return ""
+    share = f"{mean(kept):.1%}" if kept else "-"
+    return f"{share} ({1000 * mean(row['above_trained'] for row in rows):+.1f})"
+
+
+def _made_by(export: dict[str, Any] | None) -> str:
+    if export is None or export.get("merged_into") is None:
+        return ""
+    return f"rung {export['rung']}, {export['merged_into']} base"
+
+
 def _kl(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
@@ -83,7 +135,11 @@ def _verified(export: dict[str, Any] | None) -> str:
     return "" if export is None else "yes" if export["verified"] else "NO"
 
 
-TABLES: dict[str, Callable[[], str]] = {"quickstart": quickstart_table, "bench_step": step_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart_table,
+    "bench_step": step_table,
+    "bench_export": export_table,
+}
 
 
 def updated(text: str) -> str:

@@ -140,7 +140,7 @@ class Journey:
         key = self.training_key(quantized)
 
         def carry_out() -> TrainedAdapter:
-            trained = train.train(adapted.fresh(), self.recipe, self._training_inputs(key, quantized))
+            trained = train.train(adapted.fresh(), self.recipe, self.training_inputs(key, quantized))
             adapted.became_trained(trained.folder)
             return trained
 
@@ -200,7 +200,7 @@ class Journey:
             self.measuring,
             folder=self.folder,
             ledger=self.ledger,
-            inputs=self._export_inputs(source, merged, quantized, trained),
+            inputs=self.export_inputs(source, merged, quantized, trained),
             bases=merge_bases(self.recipe),
             key=fingerprint(self.merge_key(quantized), merged.into),
             references=references,
@@ -209,9 +209,10 @@ class Journey:
         climbing.tidy()
         return made
 
-    def _export_inputs(
+    def export_inputs(
         self, source: MergeSource, merged: MergedModel, quantized: QuantizedModel, trained: TrainedAdapter
     ) -> ExportInputs:
+        """What files are made from."""
         recipe, rows = self.recipe, self.ground.rows
         return ExportInputs(
             base=self.ground.base.folder,
@@ -372,7 +373,8 @@ class Journey:
         )
         self.tracker.artifact("adapter", trained.folder, "adapter")
 
-    def _training_inputs(self, key: str, quantized: QuantizedModel) -> TrainingInputs:
+    def training_inputs(self, key: str, quantized: QuantizedModel) -> TrainingInputs:
+        """What training works on."""
         rows = self.ground.rows
         original = self.recipe.base_model.name or str(self.ground.base.folder)
         # PiSSA takes the principal part out of the base before quantizing: the adapter belongs on what was left.

@@ -64,6 +64,25 @@ def release_freed() -> None:
         trim(0)
 
 
+class Releasing:
+    """Calls ``release_freed`` once for so many bytes of work, because each time costs the faults of fresh pages.
+
+    Args:
+        every: bytes.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._since = 0
+
+    def worked_on(self, size: int) -> None:
+        """Counts bytes."""
+        self._since += size
+        if self._since >= self.every:
+            self._since = 0
+            release_freed()
+
+
 def _number(file: Path) -> int | None:
     """The number in a control file; None where there is no such file, or no limit (``max``)."""
     try:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.errors import BaseModelError
-from qlora_trainer.runtime.memory import release_freed
+from qlora_trainer.runtime.memory import Releasing
 from qlora_trainer.runtime.weight_headers import INDEX_NAME, WEIGHTS_NAME, read_header, weight_files
 
 COMPANION_PATTERNS = (
@@ -30,8 +30,8 @@ COMPANION_PATTERNS = (
     "merges.txt",
 )
 
-LARGE_BYTES = 2**16
-"""Before a tensor of this size is worked on, what earlier ones left behind goes back to the system."""
+# So often that holes take less memory than a shard, so seldom that it takes little time.
+_RELEASING = Releasing(every=4 * 1024**2)
 
 
 def read_tensors(
@@ -76,8 +76,7 @@ def read_tensor(file: Path, name: str) -> Tensor:
     # one mapping, a file of 512 MiB took 512 MiB; so it takes one tensor (safetensors 0.8.0).
     with safe_open(file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(name)
-    if tensor.nbytes >= LARGE_BYTES:
-        release_freed()
+    _RELEASING.worked_on(tensor.nbytes)
     return tensor
 
 
