@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.errors import BaseModelError
-from qlora_trainer.runtime.memory import Releasing
+from qlora_trainer.runtime.memory import Releasing, release_freed
 from qlora_trainer.runtime.weight_headers import INDEX_NAME, WEIGHTS_NAME, read_header, weight_files
 
 COMPANION_PATTERNS = (
@@ -184,6 +184,7 @@ def _group(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Itera
         if shard and taken + tensor.nbytes > max_shard_bytes:
             yield shard
             shard.clear()
+            release_freed()
             taken = 0
         shard[name] = tensor
         taken += tensor.nbytes

@@ -1,4 +1,7 @@
 import mmap
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -102,3 +105,32 @@ def test_free_disk_is_told_for_a_path_that_is_not_there_yet(tmp_path):
     here = memory.free_disk_bytes(tmp_path)
     assert memory.free_disk_bytes(tmp_path / "a" / "b") == pytest.approx(here, abs=64 * MIB)
     assert here > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_freed_memory_between_pieces_that_stay_goes_back_to_the_system():
+    """128 MiB of holes; in a process of its own, with an allocator told to keep what is freed."""
+    program = """
+import torch
+from qlora_trainer.runtime.memory import release_freed, resident_bytes
+kept, holes = [], []
+for _ in range(32):
+    holes.append(torch.ones(2**20))
+    kept.append(torch.ones(2**10))
+holes.clear()
+before = resident_bytes()
+release_freed()
+print(before - resident_bytes())
+"""
+    kept = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=kept)
+    assert int(done.stdout) > 100 * MIB
+
+
+def test_memory_is_released_once_for_so_much_work(monkeypatch):
+    times = []
+    monkeypatch.setattr(memory, "release_freed", lambda: times.append(1))
+    releasing = memory.Releasing(every=10)
+    for expected in (0, 0, 1, 1, 1, 2):
+        releasing.worked_on(4)
+        assert len(times) == expected
