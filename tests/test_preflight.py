@@ -158,9 +158,9 @@ def test_rungs_are_those_that_a_format_and_an_adapter_have() -> None:
     def rungs(name: ExportFormat, **lora: object) -> tuple[int, ...]:
         return exports.climbs(recipe("x", lora=lora, ladder={"last_rung": 5}), name)
 
-    assert rungs("gguf_q4_0") == (0, 2, 3, 4, 5)
-    assert rungs("gguf_q4_0", use_dora=True) == (0, 2, 3, 5)
-    assert rungs("gptq_w4_g64") == (0, 2, 3, 4)
+    assert rungs("gguf_q4_0") == (0, 1, 2, 3, 4, 5)
+    assert rungs("gguf_q4_0", use_dora=True) == (0, 1, 2, 3, 5)
+    assert rungs("gptq_w4_g64") == (0, 1, 2, 3, 4)
     assert rungs("compressed_tensors_w8a8") == (0, 1, 2, 3, 4)
     assert rungs("gguf_q4_k_m") == rungs("merged_16bit") == (0,)
 
@@ -396,7 +396,7 @@ def test_the_plan_tells_rungs_bases_bar_and_calibration_rows(
         f"rounded by its own library, from both bases (dequantized, original), {end}"
     )
     assert planned(found, "export compressed_tensors_w4a16_g32") == (
-        "rungs 0, 2, 3 until 98 % of the gain are kept on 16 calibration rows, none begun after 2.5 minutes, from both "
+        "rungs 0, 1, 2, 3 until 98 % of the gain are kept on 16 calibration rows, none begun after 2.5 minutes, from both "
         f"bases (dequantized, original), {end}"
     )
     assert planned(found, "export compressed_tensors_w8a16").startswith("rungs 0, 1, 2, 3 until 99.5 % of the gain")

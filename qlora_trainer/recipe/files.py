@@ -98,7 +98,7 @@ class Ladder(Section):
     """Share of the learned nats that a file of 4 or 5 bits must keep, at the lower end of its interval."""
     bar_int8: Share = 0.995
     """The same for a file of 8 bits."""
-    start_rung_int4: Annotated[int, Field(ge=0, le=5)] = 2
+    start_rung_int4: Annotated[int, Field(ge=0, le=5)] = 1
     """First rung tried after rounding to nearest for 4 and 5 bits. Rung 0 is always measured."""
     start_rung_int8: Annotated[int, Field(ge=0, le=5)] = 0
     """First rung tried for 8 bits."""

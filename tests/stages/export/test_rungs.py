@@ -178,9 +178,9 @@ def test_more_calibration_rows_than_there_are_is_an_error(inputs: ExportInputs) 
 
 def test_the_rungs_of_a_format_are_those_that_it_can_climb() -> None:
     ladder = Ladder(last_rung=5)
-    assert rungs_of("compressed_tensors_w4a16_g64", ladder, has_magnitudes=False) == (0, 2, 3, 4, 5)
-    assert rungs_of("compressed_tensors_w4a16_g64", ladder, has_magnitudes=True) == (0, 2, 3, 5)
-    assert rungs_of("gptq_w4_g64", ladder, has_magnitudes=False) == (0, 2, 3, 4)
+    assert rungs_of("compressed_tensors_w4a16_g64", ladder, has_magnitudes=False) == (0, 1, 2, 3, 4, 5)
+    assert rungs_of("compressed_tensors_w4a16_g64", ladder, has_magnitudes=True) == (0, 1, 2, 3, 5)
+    assert rungs_of("gptq_w4_g64", ladder, has_magnitudes=False) == (0, 1, 2, 3, 4)
     assert rungs_of("compressed_tensors_w8a16", ladder, has_magnitudes=False) == (0, 1, 2, 3, 4)
     assert rungs_of("bitsandbytes_nf4", ladder, has_magnitudes=False) == (0,)
     assert rungs_of("gguf_q4_k_m", ladder, has_magnitudes=False) == (0,)
