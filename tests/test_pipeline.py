@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -317,3 +318,37 @@ def test_every_kind_of_base_and_adapter_goes_the_whole_way(
         assert base.parent == tmp_path / "quantized"
     else:
         assert base == llama_folder
+
+
+@pytest.mark.gguf
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_gguf_files_go_the_whole_way_through_llama_cpp(use_rslora: bool, llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install 'qlora-trainer[gguf]'")
+    recipe = recipe_for(
+        llama_folder,
+        tmp_path,
+        lora={"use_rslora": use_rslora},
+        export={"formats": ("gguf_f16", "gguf_q8_0", "gguf_q4_1", "gguf_q5_0", "gguf_adapter")},
+    )
+    report = pipeline.run(recipe)
+    assert report is not None
+    for export in report.exports:
+        assert export.verified, export.verification
+        assert export.runtime == "llama_cpp"
+        assert "tokenizer, chat template and stop tokens are those of training" in export.verification
+    kept = {export.format: export.gain_kept or 0.0 for export in report.exports}
+    # The adapter's scale is right, or nothing of the gain would be left: alpha / rank is 2, rsLoRA's 4.
+    assert kept["gguf_adapter"] == pytest.approx(1.0, abs=0.02)
+    assert kept["gguf_q8_0"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_model_that_gguf_does_not_know_is_refused_before_training(llama_folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama_folder, base)
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "yarn", "factor": 2.0}
+    (base / "config.json").write_text(json.dumps(config))
+    recipe = recipe_for(base, tmp_path, export={"formats": ("gguf_q8_0",)})
+    with pytest.raises(RecipeError, match=r"export\.formats: .*cannot be written as GGUF"):
+        pipeline.run(recipe)
+    assert not (tmp_path / "runs").exists()

@@ -396,8 +396,8 @@ def test_the_plan_tells_rungs_bases_bar_and_calibration_rows(
         f"rounded by its own library, from both bases (dequantized, original), {end}"
     )
     assert planned(found, "export compressed_tensors_w4a16_g32") == (
-        "rungs 0, 1, 2, 3 until 98 % of the gain are kept on 16 calibration rows, none begun after 2.5 minutes, from both "
-        f"bases (dequantized, original), {end}"
+        "rungs 0, 1, 2, 3 until 98 % of the gain are kept on 16 calibration rows, none begun after 2.5 minutes, from "
+        f"both bases (dequantized, original), {end}"
     )
     assert planned(found, "export compressed_tensors_w8a16").startswith("rungs 0, 1, 2, 3 until 99.5 % of the gain")
     assert planned(found, "merge") == (

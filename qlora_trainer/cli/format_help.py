@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 FORMATS: Mapping[str, Mapping[str, str]] = {
     "transformers (bitsandbytes_* through bitsandbytes, compressed_tensors_* also in vLLM)": {
-        "peft_adapter": "the adapter alone, in 16 bit; needs the base beside it",
+        "peft_adapter": "the adapter alone; needs the base beside it",
         "merged_16bit": "the whole model in 16 bit",
         "bitsandbytes_nf4": "4 bits, 16 levels, blocks of 64; rounded by bitsandbytes",
         "bitsandbytes_int8": "8 bits, a scale per row; rounded by bitsandbytes",
