@@ -75,7 +75,7 @@ def export_table() -> str:
     for cell in result["cells"]:
         columns.setdefault((cell["case"], cell["size"]), []).append(cell)
     lines = []
-    for grid in ("int4 g64", "int4 g32", "int8"):
+    for grid, beside in (("int4 g64", {"nf4"}), ("int8", set[str]())):
         heads = [
             f"{case}, D {mean(cell['delta_share'] for cell in cells):.1%}" for (case, _), cells in columns.items()
         ]
@@ -84,7 +84,7 @@ def export_table() -> str:
             (row["method"], row["merged_into"])
             for cell in result["cells"]
             for row in cell["rows"]
-            if row["grid"] in {grid, "nf4"}
+            if row["grid"] in {grid, *beside}
         )
         for key in keys:
             shown = [_share_and_loss(cells, grid, key) for cells in columns.values()]
