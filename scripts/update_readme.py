@@ -76,9 +76,7 @@ def export_table() -> str:
         columns.setdefault((cell["case"], cell["size"]), []).append(cell)
     lines = []
     for grid, beside in (("int4 g64", {"nf4"}), ("int8", set[str]())):
-        heads = [
-            f"{case}, D {mean(cell['delta_share'] for cell in cells):.1%}" for (case, _), cells in columns.items()
-        ]
+        heads = [f"{case}, D {mean(cell['delta_share'] for cell in cells):.1%}" for (case, _), cells in columns.items()]
         lines += [f"| {grid} | into | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
         keys = dict.fromkeys(
             (row["method"], row["merged_into"])
