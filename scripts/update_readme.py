@@ -111,6 +111,18 @@ def _share_and_loss(cells: list[dict[str, Any]], grid: str, key: tuple[str, str]
     return f"{share} ({1000 * mean(row['above_trained'] for row in rows):+.1f})"
 
 
+def peers_table() -> str:
+    """Our rounding beside llm-compressor's and AutoRound's on the same merged weights, rows and grid."""
+    result = json.loads((RESULTS / "bench_export_peers.json").read_text(encoding="utf-8"))
+    lines = ["| grid | method | KL to trained | nats per token | top-1 | seconds |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(
+            f"| {'' if row['group'] is None else 'g' + str(row['group'])} | {row['method']} | {row['kl_to_trained']:.5f} | {row['nats_per_token']:.4f} "
+            f"| {row['top1']:.2%} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def _made_by(export: dict[str, Any] | None) -> str:
     if export is None or export.get("merged_into") is None:
         return ""
@@ -137,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_table,
     "bench_step": step_table,
     "bench_export": export_table,
+    "bench_export_peers": peers_table,
 }
 
 
