@@ -116,8 +116,9 @@ def peers_table() -> str:
     result = json.loads((RESULTS / "bench_export_peers.json").read_text(encoding="utf-8"))
     lines = ["| grid | method | KL to trained | nats per token | top-1 | seconds |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
+        grid = "" if row["group"] is None else f"int4 g{row['group']}"
         lines.append(
-            f"| {'' if row['group'] is None else 'g' + str(row['group'])} | {row['method']} | {row['kl_to_trained']:.5f} | {row['nats_per_token']:.4f} "
+            f"| {grid} | {row['method']} | {row['kl_to_trained']:.5f} | {row['nats_per_token']:.4f} "
             f"| {row['top1']:.2%} | {row['seconds']:.1f} |"
         )
     return "\n".join(lines)
