@@ -196,6 +196,21 @@ def test_the_ladder_is_climbed_to_its_end_where_no_file_is_good_enough(
     assert raised.kl_to_trained < before.kl_to_trained
 
 
+@pytest.mark.parametrize("name", ["compressed_tensors_w4a16_g128", "gptq_w4_g128"])
+def test_layers_that_stay_in_16_bit_are_listed(name: str, llama_folder: Path, tmp_path: Path) -> None:
+    """Only down_proj of this model has inputs in multiples of 128."""
+    recipe = recipe_for(
+        llama_folder,
+        tmp_path,
+        training={"max_steps": 2},
+        export={"formats": (name,), "allow_16bit_layers": True},
+    )
+    report = pipeline.run(recipe)
+    assert report is not None
+    unfit = {f"model.layers.{layer}.{linear}" for layer in range(2) for linear in LINEARS if "down" not in linear}
+    assert set(report.exports[0].layers_16bit) == unfit
+
+
 def test_no_rung_is_begun_when_the_time_is_spent(llama_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_for(
         llama_folder,

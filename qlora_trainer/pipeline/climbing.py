@@ -72,7 +72,7 @@ class Climbing:
         key = fingerprint(self.key, name, self.bases, ladder, self.measuring.ground.bench_key)
 
         def carry_out() -> MeasuredExport:
-            inputs = replace(self.inputs, layers=export.layers_of(name, self.inputs.layers))
+            inputs = self.inputs
             if FACTS[name].kind in ("adapter", "16bit"):
                 written = export.write(name, self.folder.exports / name, inputs, into=inputs.merged_into)
                 return self.measuring.export(written, inputs, teacher=teacher, rung=0)
@@ -159,7 +159,8 @@ class Climbing:
     def _make(
         self, name: ExportFormat, way: Way, inputs: ExportInputs, folder: Path, *, source_rung: int | None
     ) -> WrittenExport:
-        shelf = Shelf(self.workplace / "rounded", inputs)
+        # Rounding knows only the layers that the format holds; writing lists the others.
+        shelf = Shelf(self.workplace / "rounded", replace(inputs, layers=export.layers_of(name, inputs.layers)))
         if FACTS[name].kind != "integer":
             return export.write(name, folder, inputs, into=way.into)
         spec = export.integer_format_of(name).spec
