@@ -145,6 +145,26 @@ def bar_of(name: ExportFormat, ladder: Ladder) -> float | None:
     return ladder.bar_int8 if bits >= 8 else ladder.bar_int4
 
 
+def meets_bar(
+    bar: float, kept: tuple[float, float] | None, *, kl: float, above: tuple[float, float], ladder: Ladder
+) -> bool:
+    """Whether what was measured of a file shows that it keeps what is asked.
+
+    The lower end of the interval must reach the bar. Where training won too little to divide by, the file must be
+    near the trained model instead: in KL, and in the loss at the upper end of its interval.
+
+    Args:
+        bar: share of the learned nats.
+        kept: interval of the share that the file keeps; None where there is too little to divide by.
+        kl: mean KL to the trained model in nats.
+        above: interval of the loss above the trained model's in nats per token.
+        ladder: what must hold where there is no share.
+    """
+    if kept is not None:
+        return kept[0] >= bar
+    return kl <= ladder.max_kl and above[1] <= ladder.max_loss_difference
+
+
 def unfit_layers(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     """Linear layers that a format cannot hold, with the number that does not fit, such as ``172 inputs``.
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qlora_trainer.export_formats import meets_bar
 from qlora_trainer.numerics.bootstrap import Resampling, difference_interval, gain_kept_interval
 from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import Fidelity, Interval
@@ -47,7 +48,7 @@ def standing(
 ) -> Standing:
     """What an attempt keeps of what training won, and whether that reaches the bar.
 
-    Where training won too little to divide by, the file must be near the trained model in KL and in loss instead.
+    What is enough, ``export_formats.meets_bar`` says, here for validation rows and in the report for test rows.
 
     Args:
         file: the attempt.
@@ -59,13 +60,13 @@ def standing(
         resampling: how intervals are drawn.
     """
     interval = gain_kept_interval(quantized.nats, file.nats, trained.nats, resampling=resampling)
-    if interval is not None:
-        base = sum(quantized.nats)
-        kept = (base - sum(file.nats)) / (base - sum(trained.nats))
-        return Standing(file.nats_per_token, kept, interval, bar is None or interval[0] >= bar)
     above = difference_interval(file.nats, trained.nats, file.labels, resampling=resampling)
-    is_near = fidelity.kl_to_trained <= ladder.max_kl and above[1] <= ladder.max_loss_difference
-    return Standing(file.nats_per_token, None, above, bar is None or is_near)
+    is_good = bar is None or meets_bar(bar, interval, kl=fidelity.kl_to_trained, above=above, ladder=ladder)
+    if interval is None:
+        return Standing(file.nats_per_token, None, above, is_good)
+    base = sum(quantized.nats)
+    kept = (base - sum(file.nats)) / (base - sum(trained.nats))
+    return Standing(file.nats_per_token, kept, interval, is_good)
 
 
 def resampling_of(resamples: int, confidence: float, seed: int) -> Resampling:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from qlora_trainer.export_formats import FACTS, bar_of
+from qlora_trainer.export_formats import FACTS, bar_of, meets_bar
 from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import ExportFigures
 from qlora_trainer.stages.report.wording import percent, significant
@@ -22,15 +22,9 @@ def lowest_bar(ladder: Ladder) -> float:
 
 
 def meets(export: ExportFigures, *, bar: float, ladder: Ladder) -> bool:
-    """Whether the test rows show that a file keeps what is asked.
-
-    The lower end of the interval must reach the bar. Where training won too little to divide by, the file must be
-    near the trained model instead: in KL, and in the loss at the upper end of its interval.
-    """
-    if export.interval is not None:
-        return export.interval[0] >= bar
-    is_near = export.kl_to_trained <= ladder.max_kl
-    return is_near and export.loss_above_trained_interval[1] <= ladder.max_loss_difference
+    """Whether the test rows show that a file keeps what is asked; see ``export_formats.meets_bar``."""
+    above = export.loss_above_trained_interval
+    return meets_bar(bar, export.interval, kl=export.kl_to_trained, above=above, ladder=ladder)
 
 
 def status_of(export: ExportFigures, ladder: Ladder) -> Status:
