@@ -8,8 +8,9 @@ by GPTQ. Each file is written, loaded by transformers and measured on the same t
         --hidden 128 --ffn 384 --layers 4 --vocabulary 2048
     python scripts/bench_export.py            # all cases, one thread each, as many at a time as there are cores
 
-Writes ``scripts/results/bench_export.json`` and prints the table of ``summary``. Interrupted, it goes on with the cases
-that are missing. ``--case NAME`` limits it, ``--seeds N`` and ``--grids`` too.
+Writes ``scripts/results/bench_export.json`` after each cell and prints the table of ``summary``. Cells that are in it,
+measured under the settings of this file, are kept, so that an interrupted benchmark goes on, on another machine too.
+``--case NAME`` and ``--seeds N`` limit what is measured, ``--jobs N`` how many cells at a time.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the result of what is there")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
     parser.add_argument("--cell", help="CASE/SIZE/SEED: this process measures one cell")
     asked = parser.parse_args()
     os.chdir(ROOT)
@@ -110,19 +112,46 @@ def main() -> None:
         measure_cell(case, size, int(seed))
         return
     cells = [(case, size, seed) for seed, case, size in product(range(asked.seeds), asked.case or CASES, SIZES)]
-    if not asked.report:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_in_a_process, cells))
-    # Whatever was measured, now or before, under the settings of this file.
-    known = [_cell_file(case, size, seed) for case, size, seed in product(CASES, SIZES, range(asked.seeds))]
-    rows = [json.loads(file.read_text()) for file in known if file.exists()]
-    RESULT.write_text(json.dumps(described(rows), indent=1) + "\n")
-    print(summary(rows))
+    done = known_cells(json.loads(RESULT.read_text()) if RESULT.exists() else {})
+    writing = Lock()
+
+    def measure(cell: tuple[str, str, int]) -> None:
+        _in_a_process(cell)
+        if _cell_file(*cell).exists():
+            with writing:
+                done[cell] = json.loads(_cell_file(*cell).read_text())
+                RESULT.write_text(json.dumps(described(in_order(done)), indent=1) + "\n")
+
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        list(pool.map(measure, [cell for cell in cells if cell not in done]))
+    print(summary(in_order(done)))
+
+
+def known_cells(result: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The cells of a result file that were measured under the settings of this file.
+
+    Where the runs lie is no setting.
+    """
+
+    def settings(shared: dict[str, Any]) -> dict[str, Any]:
+        return {section: fields for section, fields in shared.items() if section != "run"}
+
+    if settings(result.get("shared", {})) != settings(SHARED):
+        return {}
+    return {
+        (cell["case"], cell["size"], cell["seed"]): cell
+        for cell in result["cells"]
+        if result["cases"].get(cell["case"]) == CASES.get(cell["case"], {})
+    }
+
+
+def in_order(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cells by case and size, as in ``CASES`` and ``SIZES``, then seed."""
+    cases, sizes = list(CASES), list(SIZES)
+    return [cells[key] for key in sorted(cells, key=lambda key: (cases.index(key[0]), sizes.index(key[1]), key[2]))]
 
 
 def _in_a_process(cell: tuple[str, str, int]) -> None:
-    if _cell_file(*cell).exists():
-        return
     name = "/".join(map(str, cell))
     began = time.monotonic()
     done = subprocess.run(

@@ -5,10 +5,11 @@ quantized as for training. Then each way to make a file runs in a process of its
 
     python scripts/bench_streaming.py --folder /a/disk/with/room
 
-Prints a table and writes ``scripts/results/bench_streaming.json``. The peak is the kernel's high-water mark of the
-resident memory of the process that does the work, imports and all; nothing is subtracted. (It is not ``ru_maxrss``,
-which a process takes over from the one that starts it.) Memory that grows with the number of blocks makes the
-program end with 1 (``LARGEST_GROWTH``).
+Prints a table and writes ``scripts/results/bench_streaming.json``, work by work: run again with the same folder, it
+goes on with what is missing. The folder's ``checkpoints`` are removed at the end. The peak is the kernel's high-water
+mark of the resident memory of the process that does the work, imports and all; nothing is subtracted. (It is not
+``ru_maxrss``, which a process takes over from the one that starts it.) Memory that grows with the number of blocks
+makes the program end with 1 (``LARGEST_GROWTH``).
 """
 
 import argparse
@@ -295,7 +296,8 @@ def measured(work: str, place: Place) -> Json:
 
 
 def in_own_process(work: str, place: Place, *, threads: int) -> Json:
-    """One work in a process of its own; removes the file set that it made."""
+    """One work in a process of its own; removes the file set that it made, or an interrupted one left."""
+    shutil.rmtree(place.folder / "file", ignore_errors=True)
     result = place.folder / "result.json"
     command = [sys.executable, __file__, "--work", work, "--folder", str(place.folder), "--out", str(result)]
     settings = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -309,30 +311,41 @@ def in_own_process(work: str, place: Place, *, threads: int) -> Json:
 
 
 def prepared(place: Place, megabytes: int, args: argparse.Namespace) -> Json:
-    """Writes one checkpoint and its adapter."""
+    """Writes one checkpoint and its adapter; one that is there is described as it was."""
+    note = place.folder / "checkpoint.json"
+    if note.exists():
+        known: Json = json.loads(note.read_text())
+        return known
+    shutil.rmtree(place.folder, ignore_errors=True)
     blocks = blocks_for(megabytes, args.shape)
     size = write_base(place, args.shape, blocks=blocks, tokenizer=args.tokenizer)
     write_factors(place, args.shape, blocks=blocks)
     adapter = sum(file.stat().st_size for file in place.adapter.iterdir())
     print(f"{blocks} blocks, {size / 1e6:,.0f} MB", flush=True)
-    return {"blocks": blocks, "checkpoint_bytes": size, "adapter_bytes": adapter, "work": {}}
+    found = {"blocks": blocks, "checkpoint_bytes": size, "adapter_bytes": adapter, "work": {}}
+    note.write_text(json.dumps(found))
+    return found
 
 
-def measure(folder: Path, args: argparse.Namespace) -> list[Json]:
-    """All works on both checkpoints."""
+def measure(folder: Path, args: argparse.Namespace) -> Iterator[list[Json]]:
+    """All works on both checkpoints; gives what is known after each."""
     places = [Place(folder / str(size)) for size in args.megabytes]
     found = [prepared(place, size, args) for place, size in zip(places, args.megabytes, strict=True)]
     for work in WORK:
         for place, checkpoint in zip(places, found, strict=True):
-            checkpoint["work"][work] = in_own_process(work, place, threads=args.threads)
-    return found
+            if work not in checkpoint["work"]:
+                checkpoint["work"][work] = in_own_process(work, place, threads=args.threads)
+                (place.folder / "checkpoint.json").write_text(json.dumps(checkpoint))
+        yield found
 
 
 def growths(small: Json, large: Json) -> dict[str, float]:
     """By how many bytes each peak grows for each byte that the checkpoint grows."""
     more = large["checkpoint_bytes"] - small["checkpoint_bytes"]
     return {
-        work: (large["work"][work]["peak_bytes"] - small["work"][work]["peak_bytes"]) / more for work in small["work"]
+        work: (large["work"][work]["peak_bytes"] - small["work"][work]["peak_bytes"]) / more
+        for work in small["work"]
+        if work in large["work"]
     }
 
 
@@ -392,10 +405,11 @@ def main() -> None:
     if args.work:
         args.out.write_text(json.dumps(measured(args.work, Place(args.folder))))
         return
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        found = measure(Path(folder), args)
-    result = {**circumstances(args), "checkpoints": found, "growth": growths(*found)}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    folder = (args.folder or Path(tempfile.gettempdir())) / "checkpoints"
+    for found in measure(folder, args):
+        result = {**circumstances(args), "checkpoints": found, "growth": growths(*found)}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
     print(table(result))
     grown = [work for work, growth in result["growth"].items() if growth > LARGEST_GROWTH]
     if grown and not args.quick:

@@ -62,3 +62,12 @@ def test_the_table_shows_means_over_seeds(bench: ModuleType) -> None:
     assert "95.0 % kept" in gptq
     assert "+0.50 mnats" in gptq
     assert "no gain to keep" in nearest
+
+
+def test_cells_of_the_same_settings_are_kept_wherever_they_were_measured(bench: ModuleType) -> None:
+    cells = [{"case": case, "size": "small", "seed": 1} for case in ("stories260k_e2e", "quickstart")]
+    result = {**bench.described(cells), "shared": {**bench.SHARED, "run": {"folder": "/elsewhere"}}}
+    assert [cell["case"] for cell in bench.in_order(bench.known_cells(result))] == ["quickstart", "stories260k_e2e"]
+    result["cases"] = {**bench.CASES, "quickstart": {"recipe": "another.yaml"}}
+    assert list(bench.known_cells(result)) == [("stories260k_e2e", "small", 1)]
+    assert bench.known_cells({**result, "shared": {}}) == bench.known_cells({}) == {}

@@ -90,8 +90,8 @@ def test_memory_that_grows_with_the_blocks_is_refused(
 ) -> None:
     """0.15 bytes for each byte of the checkpoint are let pass: 450 MB for 3 GB."""
     out = tmp_path / "result.json"
-    monkeypatch.setattr(bench, "measure", lambda *_: [checkpoint(1, 500), checkpoint(4, peak)])
-    monkeypatch.setattr(sys, "argv", ["bench_streaming.py", "--out", str(out)])
+    monkeypatch.setattr(bench, "measure", lambda *_: iter([[checkpoint(1, 500), checkpoint(4, peak)]]))
+    monkeypatch.setattr(sys, "argv", ["bench_streaming.py", "--out", str(out), "--folder", str(tmp_path)])
     if is_refused:
         with pytest.raises(SystemExit, match="memory grows with the number of blocks: merge"):
             bench.main()
