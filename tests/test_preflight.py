@@ -296,6 +296,19 @@ def test_blocks_that_do_not_divide_the_inputs_are_a_problem_that_says_what_fits(
     assert gguf.startswith("export.formats: gguf_q4_k_m needs inputs in multiples of 256")
 
 
+def test_an_architecture_that_llama_cpp_computes_otherwise_is_a_problem_before_anything_is_trained(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    shutil.copytree(llama_folder, here / "base")
+    config = json.loads((here / "base/config.json").read_text(encoding="utf-8"))
+    (here / "base/config.json").write_text(json.dumps({**config, "hidden_act": "relu"}), encoding="utf-8")
+    (problem,) = check(recipe(here / "base", export={"formats": ["gguf_q8_0"]})).problems
+    assert problem.startswith(f"export.formats: {here / 'base'}: cannot be written as GGUF:\n")
+    assert "relu" in problem
+    assert check(recipe(here / "base", export={"formats": ["peft_adapter"]})).problems == ()
+
+
 def test_layers_that_may_stay_in_16_bit_are_a_note(
     here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

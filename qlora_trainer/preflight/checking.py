@@ -9,6 +9,7 @@ from typing import TypeVar
 from qlora_trainer.data.scoring import require_packages
 from qlora_trainer.data.sources import read_rows
 from qlora_trainer.errors import TrainerError
+from qlora_trainer.export_formats import FACTS
 from qlora_trainer.preflight.exports import layer_findings, package_findings, row_problems
 from qlora_trainer.preflight.plan import PlannedStage, plan
 from qlora_trainer.preflight.prediction import (
@@ -65,6 +66,7 @@ def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
     if base is not None:
         folder = base.folder
         rows = found.attempt(lambda: dataset.load_rows(recipe, folder))
+        found.attempt(lambda: _require_gguf(recipe, folder))
     else:
         _try_data_files(recipe.data, found)
     found.attempt(lambda: require_packages(recipe.evaluation.metrics))
@@ -96,6 +98,14 @@ class _Findings:
         except TrainerError as error:
             self.problems.append(str(error))
             return None
+
+
+def _require_gguf(recipe: Recipe, base: Path) -> None:
+    """Where a GGUF format is asked for, makes sure that llama.cpp knows the base; only then torch is loaded."""
+    if any(FACTS[name].runtime == "llama_cpp" for name in recipe.export.formats):
+        from qlora_trainer.stages.export import require_gguf  # noqa: PLC0415 - loads torch
+
+        require_gguf(base)
 
 
 def _try_data_files(data: Data, found: _Findings) -> None:

@@ -10,7 +10,7 @@ methods that do so.
 """
 
 from qlora_trainer.export_formats import MergeBase
-from qlora_trainer.stages.export.catalog import integer_format_of, layers_of, require_writable
+from qlora_trainer.stages.export.catalog import integer_format_of, layers_of, require_gguf, require_writable
 from qlora_trainer.stages.export.inputs import AdapterFactors, ExportInputs, TaskData, WrittenExport
 from qlora_trainer.stages.export.opening import (
     BASE_RUNTIME,
@@ -42,6 +42,7 @@ __all__ = [
     "method_in_words",
     "open_in_runtime",
     "reference_model",
+    "require_gguf",
     "require_writable",
     "resampling_of",
     "standing",

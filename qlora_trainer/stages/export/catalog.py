@@ -100,8 +100,21 @@ def require_writable(recipe: Recipe, base: Path, layers: LinearLayers) -> None:
         problems += [problem for problem in unfit if problem is not None]
     if any(FACTS[name].runtime == "llama_cpp" for name in names):
         try:
-            gguf.require_supported(base)
+            require_gguf(base)
         except RecipeError as error:
-            problems.append(f"export.formats: {error}")
+            problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def require_gguf(base: Path) -> None:
+    """Makes sure that llama.cpp computes and tokenizes as a folder in Hugging Face layout says; reads no weights.
+
+    Raises:
+        RecipeError: it would not; says what differs.
+        BaseModelError: the tokenizer cannot be read.
+    """
+    try:
+        gguf.require_supported(base)
+    except RecipeError as error:
+        raise RecipeError(f"export.formats: {error}") from error
