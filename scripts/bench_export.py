@@ -112,19 +112,26 @@ def main() -> None:
         measure_cell(case, size, int(seed))
         return
     cells = [(case, size, seed) for seed, case, size in product(range(asked.seeds), asked.case or CASES, SIZES)]
-    done = known_cells(json.loads(RESULT.read_text()) if RESULT.exists() else {})
+    done = known_cells(_result())
     writing = Lock()
 
     def measure(cell: tuple[str, str, int]) -> None:
         _in_a_process(cell)
         if _cell_file(*cell).exists():
             with writing:
+                # Another process may have measured other cells meanwhile.
+                done.update(known_cells(_result()))
                 done[cell] = json.loads(_cell_file(*cell).read_text())
                 RESULT.write_text(json.dumps(described(in_order(done)), indent=1) + "\n")
 
     with ThreadPoolExecutor(asked.jobs) as pool:
         list(pool.map(measure, [cell for cell in cells if cell not in done]))
     print(summary(in_order(done)))
+
+
+def _result() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    return found
 
 
 def known_cells(result: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -152,6 +159,8 @@ def in_order(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str
 
 
 def _in_a_process(cell: tuple[str, str, int]) -> None:
+    if _cell_file(*cell).exists():
+        return
     name = "/".join(map(str, cell))
     began = time.monotonic()
     done = subprocess.run(

@@ -97,6 +97,18 @@ def export_table() -> str:
     return "\n".join(lines)
 
 
+def streaming_table() -> str:
+    """Peak resident memory of each work on two checkpoints that differ in their number of blocks alone."""
+    result = json.loads((RESULTS / "bench_streaming.json").read_text(encoding="utf-8"))
+    small, large = result["checkpoints"]
+    heads = [f"{each['checkpoint_bytes'] / 1e9:.1f} GB, {each['blocks']} blocks" for each in (small, large)]
+    lines = [f"| peak resident MB | {heads[0]} | {heads[1]} | MB per GB more |", "|---|---|---|---|"]
+    for work, growth in result["growth"].items():
+        peaks = [each["work"][work]["peak_bytes"] / 1e6 for each in (small, large)]
+        lines.append(f"| {work} | {peaks[0]:,.0f} | {peaks[1]:,.0f} | {1000 * growth:.0f} |")
+    return "\n".join(lines)
+
+
 def _share_and_loss(cells: list[dict[str, Any]], grid: str, key: tuple[str, str]) -> str:
     rows = [
         row
@@ -151,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench_step": step_table,
     "bench_export": export_table,
     "bench_export_peers": peers_table,
+    "bench_streaming": streaming_table,
 }
 
 
