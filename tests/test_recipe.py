@@ -80,6 +80,7 @@ def test_a_wrong_value_is_refused_and_not_converted(section: str, settings: dict
         ("data", {"render": "text", "format": "messages"}, "render: text reads prompt and completion"),
         ("data", {"render": "text", "text_template": "Q: "}, r"must hold \{prompt\}"),
         ("data", {"stop_token": "</s>"}, "stop_token is for render: text"),
+        ("data", {"render": "text", "accept_untrained_stop": True}, "accept_untrained_stop is for render: chat"),
         ("data", {"test_rows": None}, "give test"),
         ("training", {"epochs": 1.0}, "exactly one of 'max_steps' and 'epochs'"),
         ("training", {"max_steps": None}, "exactly one of 'max_steps' and 'epochs'"),

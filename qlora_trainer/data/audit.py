@@ -89,8 +89,16 @@ def audit_masks(
     )
 
 
-def require_sound(audit: MaskAudit, tokenizer: TextTokenizer, *, window: int) -> None:
+def require_sound(
+    audit: MaskAudit, tokenizer: TextTokenizer, *, window: int, accept_untrained_stop: bool = False
+) -> None:
     """Refuses a data set that cannot train what was asked for.
+
+    Args:
+        audit: of the data set.
+        tokenizer: of the base model.
+        window: longest row in tokens.
+        accept_untrained_stop: whether rows without a trained stop token are wanted; ``audit_notes`` tells of them.
 
     Raises:
         DataError: every row is longer than the window; no row has a trainable token; or no row trains a token that
@@ -98,7 +106,7 @@ def require_sound(audit: MaskAudit, tokenizer: TextTokenizer, *, window: int) ->
     """
     if audit.encoded == 0:
         raise DataError(_nothing_left(audit, window))
-    if audit.stop_token_trained_share == 0.0:
+    if audit.stop_token_trained_share == 0.0 and not accept_untrained_stop:
         raise DataError(_never_stops(audit, tokenizer))
 
 
@@ -115,9 +123,19 @@ def audit_notes(audit: MaskAudit) -> list[str]:
             "rows begin otherwise than generation does: the chat template's generation prompt is not what it writes "
             "before an answer; mend the template",
         ),
-        (unstopped, f"of {audit.encoded} rows do not train a stop token at their end"),
+        (unstopped, _unstopped_note(audit)),
     )
     return [f"{count} {text}" for count, text in counted if count]
+
+
+def _unstopped_note(audit: MaskAudit) -> str:
+    text = f"of {audit.encoded} rows do not train a stop token at their end"
+    if audit.stop_token_trained_share:
+        return text
+    return (
+        f"{text}, which data.accept_untrained_stop accepts: the tuned model does not learn to end an answer and "
+        "writes until a limit of tokens stops it"
+    )
 
 
 def _last_label(row: EncodedRow) -> int:
@@ -146,5 +164,6 @@ def _never_stops(audit: MaskAudit, tokenizer: TextTokenizer) -> str:
         f"no row trains a token that generation stops at ({stops}): the last trained token is mostly "
         f"{audit.stop_token_id} {tokenizer.decode(last, skip_special=False)!r}, so the tuned model would never end an "
         "answer. Let the chat template write the stop token inside its generation block (or the last message), or name "
-        "the token that it does write as eos_token_id in the base model's generation_config.json"
+        "the token that it does write as eos_token_id in the base model's generation_config.json. To train such rows "
+        "all the same, set data.accept_untrained_stop: true"
     )

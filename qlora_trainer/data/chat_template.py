@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -23,6 +23,7 @@ from qlora_trainer.errors import BaseModelError, DataError
 
 Message = Mapping[str, object]
 Span = tuple[int, int]
+Turns = Literal["all", "last"]
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -40,8 +41,9 @@ class RenderedChat:
 
     Attributes:
         text: all of it, special tokens included.
-        assistant_spans: character ranges ``(begin, end)`` that the assistant wrote, in order. They hold the stop
-            token where the template writes it inside its generation block, or has no such block.
+        assistant_spans: character ranges ``(begin, end)`` that the assistant wrote, in order, of the turns that were
+            asked for. They hold the stop token where the template writes it inside its generation block, or has no
+            such block.
     """
 
     text: str
@@ -72,7 +74,7 @@ class ChatTemplate:
         # Defined even where there are none, as in transformers: templates test `tools is not none`.
         self._variables = {**self._template.globals, **special_tokens, "tools": None, "documents": None}
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> RenderedChat:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, turns: Turns = "all") -> RenderedChat:
         """The conversation as text, with the assistant's characters.
 
         Spans come from the template's ``{% generation %}`` blocks. Where it has none, they are found by
@@ -82,15 +84,21 @@ class ChatTemplate:
         Args:
             messages: each with ``role`` and ``content``.
             add_generation_prompt: end with the words after which the assistant begins to write.
+            turns: whose spans are wanted: every assistant turn's, or only the last message's. The text is the same.
 
         Raises:
             DataError: the template refuses the messages; they hold a Unicode noncharacter; or spans cannot be found
                 turn by turn, because the template renders an early turn differently once later ones follow.
         """
         marked = self._text(messages, add_generation_prompt=add_generation_prompt)
-        if self.has_generation_marker:
-            return _without_marks(marked)
-        return RenderedChat(marked, self._spans_turn_by_turn(messages, marked))
+        if not self.has_generation_marker:
+            first = 0 if turns == "all" else len(messages) - 1
+            return RenderedChat(marked, self._spans_turn_by_turn(messages, marked, first=first))
+        chat = _without_marks(marked)
+        if turns == "all" or not chat.assistant_spans:
+            return chat
+        earlier = _without_marks(self._text(messages[:-1], add_generation_prompt=True)).assistant_spans
+        return RenderedChat(chat.text, chat.assistant_spans[len(earlier) :])
 
     def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         variables = {
@@ -107,10 +115,11 @@ class ChatTemplate:
             roles = ", ".join(str(message.get("role")) for message in messages) or "none"
             raise DataError(f"the chat template refuses the messages (roles: {roles}): {error}") from error
 
-    def _spans_turn_by_turn(self, messages: Sequence[Message], text: str) -> tuple[Span, ...]:
+    def _spans_turn_by_turn(self, messages: Sequence[Message], text: str, *, first: int) -> tuple[Span, ...]:
+        """Spans of the assistant's messages from number ``first`` on."""
         spans = []
         for turn, message in enumerate(messages):
-            if message.get("role") != "assistant":
+            if turn < first or message.get("role") != "assistant":
                 continue
             before = self._text(messages[:turn], add_generation_prompt=True)
             is_last = turn + 1 == len(messages)
@@ -120,7 +129,7 @@ class ChatTemplate:
                     f"message {turn + 1} of {len(messages)}: the chat template has no {{% generation %}} block, and "
                     "renders this assistant turn differently with and without what follows, so its characters cannot "
                     "be told apart. Put {% generation %} and {% endgeneration %} around what the assistant writes in "
-                    "the base model's chat template"
+                    "the base model's chat template, or set data.train_turns: last"
                 )
             spans.append((len(before), len(after)))
         return tuple(spans)

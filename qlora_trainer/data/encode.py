@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_trainer.data.chat_template import RenderedChat, Span
+from qlora_trainer.data.chat_template import RenderedChat, Span, Turns
 from qlora_trainer.data.examples import Example
 from qlora_trainer.data.sources import listed_problems
 from qlora_trainer.data.tokenizer import TextTokenizer, TokenizedText
@@ -73,8 +73,10 @@ def encode_text(
     return rows
 
 
-def encode_chat(examples: Sequence[Example], tokenizer: TextTokenizer) -> list[EncodedRow]:
-    """Rows through the chat template; every assistant turn is trained.
+def encode_chat(
+    examples: Sequence[Example], tokenizer: TextTokenizer, *, train_turns: Turns = "all"
+) -> list[EncodedRow]:
+    """Rows through the chat template; the assistant's turns are trained.
 
     A conversation is encoded in two parts: what generation of the last answer is started with, and what follows. So
     generation starts from exactly the tokens of training. Encoded as one text, a token could reach over that
@@ -84,11 +86,16 @@ def encode_chat(examples: Sequence[Example], tokenizer: TextTokenizer) -> list[E
     What follows is trained from its beginning. In earlier turns a token is trained where its first character lies in
     an assistant span. Behind the last stop token of a span nothing is trained: generation has ended there.
 
+    Args:
+        examples: what to encode.
+        tokenizer: of the base model.
+        train_turns: every assistant turn, or the last message alone; the token ids are the same.
+
     Raises:
         DataError: the chat template refuses some rows; names all of them.
         BaseModelError: there is no chat template.
     """
-    chats = _cut_chats(examples, tokenizer)
+    chats = _cut_chats(examples, tokenizer, train_turns)
     beginnings = _encode_beginnings(chats, tokenizer)
     answers = tokenizer.locate_continuations([chat.answer for chat in chats])
     stops = tokenizer.stop_ids
@@ -159,12 +166,12 @@ class _CutChat:
     other_start: str | None
 
 
-def _cut_chats(examples: Sequence[Example], tokenizer: TextTokenizer) -> list[_CutChat]:
+def _cut_chats(examples: Sequence[Example], tokenizer: TextTokenizer, turns: Turns) -> list[_CutChat]:
     chats, problems = [], []
     for example in examples:
         try:
-            chat = tokenizer.render_chat(example.messages, add_generation_prompt=False)
-            start = tokenizer.render_chat(example.messages[:-1], add_generation_prompt=True).text
+            chat = tokenizer.render_chat(example.messages, add_generation_prompt=False, turns=turns)
+            start = tokenizer.render_chat(example.messages[:-1], add_generation_prompt=True, turns=turns).text
         except DataError as error:
             problems.append(f"{example.place}: {error}")
         else:

@@ -13,7 +13,7 @@ from typing import Self
 
 from tokenizers import AddedToken, Tokenizer
 
-from qlora_trainer.data.chat_template import ChatTemplate, Message, RenderedChat
+from qlora_trainer.data.chat_template import ChatTemplate, Message, RenderedChat, Turns
 from qlora_trainer.errors import BaseModelError
 
 Settings = Mapping[str, object]
@@ -152,7 +152,9 @@ class TextTokenizer:
         """
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> RenderedChat:
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, turns: Turns = "all"
+    ) -> RenderedChat:
         """The messages through the chat template; see ``ChatTemplate.render``.
 
         Raises:
@@ -164,7 +166,7 @@ class TextTokenizer:
                 "the base model has no chat template (no chat_template.jinja, and no chat_template in "
                 "tokenizer_config.json). Set data.render: text with a text_template, or add a template"
             )
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, turns=turns)
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -30,14 +30,16 @@ class Data(Section):
     """A column; rows with the same value never stand on two sides of a split, and overlap between files is dropped
     from ``train``."""
     format: Literal["prompt_completion", "messages"] = "prompt_completion"
-    """``prompt_completion``: two text columns. ``messages``: a list of {role, content}; every assistant turn is
-    trained."""
+    """``prompt_completion``: two text columns. ``messages``: a list of {role, content}; ``train_turns`` says which
+    assistant turns are trained."""
     prompt_column: str = "prompt"
     """Column of the prompt (``prompt_completion``)."""
     completion_column: str = "completion"
     """Column of the completion (``prompt_completion``)."""
     messages_column: str = "messages"
     """Column of the messages (``messages``)."""
+    train_turns: Literal["all", "last"] = "all"
+    """Assistant turns of a conversation that are trained: each, or the last alone."""
     render: Literal["chat", "text"] = "chat"
     """``chat``: through the tokenizer's chat template. ``text``: through ``text_template``, for models without a
     chat template."""
@@ -46,6 +48,9 @@ class Data(Section):
     stop_token: str | None = None
     """Token that ends a completion when ``render: text``; absent = the tokenizer's eos token. Must be one that
     generation stops at."""
+    accept_untrained_stop: bool = False
+    """Train with ``render: chat`` even where no row trains a token that generation stops at. The tuned model does not
+    learn to end an answer; without this field such rows are refused."""
     window: PositiveInt = 512
     """Longest row in tokens."""
     overlong: Literal["drop", "truncate_prompt", "refuse"] = "drop"
@@ -60,6 +65,11 @@ class Data(Section):
         if self.stop_token is not None and self.render == "chat":
             raise ValueError(
                 "stop_token is for render: text; with render: chat the chat template writes the stop token"
+            )
+        if self.accept_untrained_stop and self.render == "text":
+            raise ValueError(
+                "accept_untrained_stop is for render: chat; with render: text every row trains stop_token. "
+                "Remove accept_untrained_stop"
             )
         for split, path, count in (
             ("validation", self.validation, self.validation_rows),

@@ -80,7 +80,12 @@ def load_rows(recipe: Recipe, base_folder: Path) -> TaskRows:
         places=[example.place for example in examples],
     )
     audit = audit_masks(encoded, fitted, bos_id=tokenizer.bos_id, stop_ids=tokenizer.stop_ids)
-    require_sound(audit, tokenizer, window=recipe.data.window)
+    require_sound(
+        audit,
+        tokenizer,
+        window=recipe.data.window,
+        accept_untrained_stop=recipe.data.accept_untrained_stop,
+    )
     train, validation, test = _sides(fitted, [len(side) for side in sides])
     return TaskRows(
         train=train,
@@ -201,7 +206,7 @@ def _require_scorable(recipe: Recipe, test: Sequence[Example]) -> None:
 
 def _encode(examples: Sequence[Example], tokenizer: TextTokenizer, data: Data) -> list[EncodedRow]:
     if data.render == "chat":
-        return encode_chat(examples, tokenizer)
+        return encode_chat(examples, tokenizer, train_turns=data.train_turns)
     return encode_text(examples, tokenizer, template=data.text_template, stop_id=_stop_id(data, tokenizer))
 
 

@@ -95,6 +95,24 @@ def test_a_stop_token_that_no_row_trains_is_refused(tokenizer: TextTokenizer) ->
         require_sound(audit, tokenizer, window=8)
 
 
+def test_an_untrained_stop_token_may_be_accepted_and_is_said_aloud(tokenizer: TextTokenizer) -> None:
+    audit = audited([row([BOS_ID, 10], [12, 13]), row([BOS_ID, 10], [12, 14])])
+    with pytest.raises(DataError, match=r"set data\.accept_untrained_stop: true"):
+        require_sound(audit, tokenizer, window=8)
+    require_sound(audit, tokenizer, window=8, accept_untrained_stop=True)
+    assert audit_notes(audit) == [
+        "2 of 2 rows do not train a stop token at their end, which data.accept_untrained_stop accepts: the tuned model "
+        "does not learn to end an answer and writes until a limit of tokens stops it"
+    ]
+
+
+def test_rows_that_train_nothing_are_refused_even_where_an_untrained_stop_token_is_accepted(
+    tokenizer: TextTokenizer,
+) -> None:
+    with pytest.raises(DataError, match="no row is left to train on"):
+        require_sound(audited([row([BOS_ID, 10], [])]), tokenizer, window=8, accept_untrained_stop=True)
+
+
 def test_one_row_that_stops_is_no_error_but_a_note(tokenizer: TextTokenizer) -> None:
     audit = audited([GOOD, row([BOS_ID, 10], [12, 13])])
     require_sound(audit, tokenizer, window=8)

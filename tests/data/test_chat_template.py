@@ -101,3 +101,34 @@ def test_text_that_imitates_the_marks_is_refused() -> None:
     template = ChatTemplate(MARKED, SPECIAL_TOKENS)
     with pytest.raises(DataError, match=r"U\+10FFFE"):
         template.render([{"role": "user", "content": "\U0010fffe"}], add_generation_prompt=False)
+
+
+# As templates do that leave earlier reasoning out.
+FORGETTING = (
+    "{% for message in messages %}{{ message.role }}: {% if loop.last or message.role == 'user' %}"
+    "{{ message.content }}{% else %}...{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_the_last_turn_is_told_apart_even_where_earlier_ones_cannot_be() -> None:
+    template = ChatTemplate(FORGETTING, SPECIAL_TOKENS)
+    with pytest.raises(DataError, match=r"message 3 of 5: .*or set data\.train_turns: last"):
+        template.render(MESSAGES, add_generation_prompt=False)
+    chat = template.render(MESSAGES, add_generation_prompt=False, turns="last")
+    assert [chat.text[begin:end] for begin, end in chat.assistant_spans] == ["Two.</s>"]
+
+
+def test_a_last_turn_in_several_blocks_has_all_of_them() -> None:
+    source = MARKED.replace(
+        "{{ message.content + eos_token }}",
+        "{{ message.content }}{%- endgeneration -%}|{%- generation -%}{{ eos_token }}",
+    )
+    chat = ChatTemplate(source, SPECIAL_TOKENS).render(MESSAGES, add_generation_prompt=False, turns="last")
+    assert [chat.text[begin:end] for begin, end in chat.assistant_spans] == ["Two.", "</s>"]
+
+
+@pytest.mark.parametrize("source", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+def test_a_last_message_that_the_assistant_did_not_write_has_no_span(source: str) -> None:
+    chat = ChatTemplate(source, SPECIAL_TOKENS).render(MESSAGES[:-1], add_generation_prompt=False, turns="last")
+    assert chat.assistant_spans == ()

@@ -92,6 +92,23 @@ def test_conversations_are_read_where_the_recipe_says_messages(here: Path, base:
     assert pieces[1][0].endswith("</s>")
 
 
+def test_only_the_last_turn_is_trained_where_the_recipe_says_so(here: Path, base: Path) -> None:
+    turns = [
+        [{"role": role, "content": f"{role} {number}"} for role in ("user", "assistant", "user", "assistant")]
+        for number in range(20)
+    ]
+    (here / "train.jsonl").write_text("".join(f"{json.dumps({'messages': turn})}\n" for turn in turns))
+    every = loaded(base, format="messages")
+    last = loaded(base, format="messages", train_turns="last")
+    pieces = render_example(last.tokenizer, last.train[0])
+    assert [is_trained for _, is_trained in pieces] == [False, True]
+    assert "".join(text for text, _ in pieces) == "".join(
+        text for text, _ in render_example(every.tokenizer, every.train[0])
+    )
+    assert last.audit.label_tokens < every.audit.label_tokens
+    assert token_fingerprint(last) != token_fingerprint(every)
+
+
 def test_rows_with_the_same_value_never_stand_on_two_sides(here: Path, base: Path) -> None:
     write_rows(here / "train.jsonl", 60, groups=12)
     write_rows(here / "test.jsonl", 6, start=1000, groups=12)
@@ -203,6 +220,17 @@ def test_a_template_that_leaves_the_stop_token_outside_is_fatal(here: Path, tmp_
     )
     with pytest.raises(DataError, match="no row trains a token that generation stops at"):
         loaded(tmp_path)
+
+
+def test_a_stop_token_outside_may_be_accepted_and_is_noted(here: Path, tmp_path: Path) -> None:
+    write_rows(here / "train.jsonl", 50)
+    path = tiny_tokenizer(tmp_path) / "chat_template.jinja"
+    path.write_text(
+        path.read_text().replace(" + eos_token }}{% endgeneration %}", " }}{% endgeneration %}{{ eos_token }}")
+    )
+    rows = loaded(tmp_path, accept_untrained_stop=True)
+    assert rows.audit.stop_token_trained_share == 0.0
+    assert any("data.accept_untrained_stop accepts" in note for note in rows.notes)
 
 
 def test_a_stop_token_that_generation_does_not_stop_at_is_refused(here: Path, base: Path) -> None:
