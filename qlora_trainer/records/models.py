@@ -98,6 +98,8 @@ class TrainedAdapter:
         seconds: of the loop, over all resumed parts.
         resumed_at: steps from which the run was resumed.
         trainable_parameters: number of trained values.
+        smaller_micro_batches: ``(step, rows)``: from this step on so many rows stood in one micro-batch, fewer than
+            the recipe says, because more did not fit into memory.
     """
 
     folder: Path
@@ -113,3 +115,4 @@ class TrainedAdapter:
     seconds: float
     resumed_at: tuple[int, ...]
     trainable_parameters: int
+    smaller_micro_batches: tuple[tuple[int, int], ...] = ()

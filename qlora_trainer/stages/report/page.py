@@ -205,6 +205,8 @@ def _details(export: ExportFigures, report: RunReport, *, quantized_base: str) -
 def _training(report: RunReport, trained: TrainedAdapter) -> Iterable[Fact]:
     figures = report.training
     yield Fact("Optimizer steps", count_of(figures.steps), _resumed(trained.resumed_at))
+    if trained.smaller_micro_batches:
+        yield Fact("Micro-batch made smaller", *_smaller(trained.smaller_micro_batches))
     yield Fact("Trained values", count_of(figures.trainable_parameters), "adapter parameters")
     yield Fact("Tokens", count_of(figures.tokens), f"{count_of(figures.label_tokens)} of them trained")
     speed = f"{significant(figures.tokens_per_second, 3)} with prompts"
@@ -213,6 +215,11 @@ def _training(report: RunReport, trained: TrainedAdapter) -> Iterable[Fact]:
     yield Fact("Peak memory", size(figures.peak_bytes), predicted)
     yield Fact("Validation loss", nats(figures.final_nats_per_token), "nats per token, last")
     yield Fact("Time in the loop", duration(figures.seconds))
+
+
+def _smaller(changes: tuple[tuple[int, int], ...]) -> tuple[str, str]:
+    rows = ", ".join(f"{count_of(rows)} from step {count_of(step)}" for step, rows in changes)
+    return rows, "rows at a time; more did not fit into memory. Rows of a step as in the recipe"
 
 
 def _resumed(steps: tuple[int, ...]) -> str:

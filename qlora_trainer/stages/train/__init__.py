@@ -1,7 +1,7 @@
 """The training loop: accumulate, clip, step, log, validate, save, resume.
 
-``whole`` is the stage, ``loop`` runs the steps, ``step`` is one of them, ``progress`` is what a checkpoint
-must remember.
+``whole`` is the stage, ``loop`` runs the steps, ``step`` is one of them, ``recovery`` is for one that does not fit
+into memory, ``progress`` is what a checkpoint must remember.
 """
 
 from qlora_trainer.stages.train.inputs import TrainingInputs

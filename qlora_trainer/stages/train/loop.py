@@ -6,6 +6,7 @@ function of the step number (rows, learning rate), so a resumed run takes the sa
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from qlora_trainer.runtime.memory import resident_bytes
 from qlora_trainer.runtime.progress import TrainingProgress
 from qlora_trainer.stages.train.inputs import TrainingInputs
 from qlora_trainer.stages.train.progress import Progress
+from qlora_trainer.stages.train.recovery import MicroBatchTooLargeError, release_memory, smaller_micro_batch
 from qlora_trainer.stages.train.step import StepResult, optimizer_step
 
 
@@ -39,7 +41,8 @@ def run_steps(
         Counters and curve of the whole run.
 
     Raises:
-        TrainingError: loss or gradients are not finite; names step and rows. The last checkpoint stays.
+        TrainingError: loss or gradients are not finite, or a single row does not fit into memory; names step and
+            rows. The last checkpoint stays.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         RunFolderError: the checkpoints belong to another recipe, or the disk is full.
     """
@@ -98,6 +101,8 @@ class _Loop:
         self.optimizer.load_state_dict(state.optimizer)
         checkpoint.restore_random(state.random)
         self.progress = progress
+        for _, rows in progress.smaller_micro_batches:
+            self._cut_into(rows)
         self.saved_step = step
         if step < self.steps:
             self.progress.resumed_at.append(step)
@@ -116,8 +121,7 @@ class _Loop:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * scale
-        batches = self._batches()
-        result = self._step_on(batches)
+        batches, result = self._step_that_fits()
         self.progress.add(
             nats=float(result.nats),
             tokens=sum(self.lengths[index] for batch in batches for index in batch.row_indexes),
@@ -140,6 +144,52 @@ class _Loop:
                 f"stopped by {stop.signal_name} after step {step} of {self.steps}; the state is saved in "
                 f"{self.inputs.checkpoints}. Run the same command again to go on from there."
             )
+
+    def _step_that_fits(self) -> tuple[list[Batch], StepResult]:
+        """Takes the step; where it does not fit into memory, once more on the same rows, fewer at a time."""
+        random_before = checkpoint.capture_random()
+        while True:
+            batches = self._batches()
+            try:
+                return batches, self._step_on(batches)
+            except MicroBatchTooLargeError as error:
+                too_large = error
+            self._shrink_micro_batches(too_large)
+            checkpoint.restore_random(random_before)
+
+    def _shrink_micro_batches(self, too_large: MicroBatchTooLargeError) -> None:
+        number, many = self.progress.step + 1, self.plan.micro_batch_size
+        fewer = smaller_micro_batch(many, batch_size=self.settings.batch_size)
+        # Processes that train together would have to agree on the new size; the others already wait for this one.
+        if fewer is None or self.world.size > 1:
+            raise TrainingError(self._does_not_fit(too_large))
+        self.optimizer.zero_grad(set_to_none=True)
+        release_memory(next(self.model.parameters()).device)
+        self._cut_into(fewer)
+        self.progress.shrink_micro_batches(fewer)
+        self.inputs.tracker.log({"train/micro_batch_size": fewer}, number)
+        self.inputs.observer.note(
+            f"step {number} of {self.steps}: {many} rows at a time do not fit into memory; the step is repeated, and "
+            f"all that follow are taken, with {fewer} at a time. A step still has {self.settings.batch_size} rows"
+        )
+
+    def _cut_into(self, rows: int) -> None:
+        self.plan = replace(
+            self.plan, micro_batch_size=rows, gradient_accumulation_steps=self.settings.batch_size // rows
+        )
+
+    def _does_not_fit(self, too_large: MicroBatchTooLargeError) -> str:
+        longest = max(self.lengths[index] for index in too_large.row_indexes)
+        mends = ["lower data.window"]
+        if not self.settings.gradient_checkpointing:
+            mends.append("set training.gradient_checkpointing: true")
+        if self.plan.micro_batch_size > 1:
+            mends.append(f"lower training.micro_batch_size (now {self.plan.micro_batch_size})")
+        return (
+            f"step {self.progress.step + 1} of {self.steps}: training {self._name_rows(too_large.row_indexes)} of up "
+            f"to {longest} tokens do not fit into memory ({too_large.reason.splitlines()[0]}). The last checkpoint is "
+            f"whole ({self.inputs.checkpoints}). To mend it: {', or '.join(mends)}; then give the run a new name."
+        )
 
     def _batches(self) -> list[Batch]:
         micro_batches = training_micro_batches(self.progress.step, self.lengths, self.plan)

@@ -16,6 +16,8 @@ class Progress:
         seconds: spent in steps, over all parts of the run.
         curve: ``(step, training nats per token or None, validation nats per token or None)``.
         resumed_at: steps from which the run went on.
+        smaller_micro_batches: ``(step, rows)``: from this step on (counted from 1) so many rows stood in one
+            micro-batch, because more did not fit into memory.
         recipe_key: fingerprint of what shapes the training; a checkpoint of another is refused.
         window_nats: summed loss since the last log record.
         window_labels: label tokens since the last log record.
@@ -29,6 +31,7 @@ class Progress:
     seconds: float = 0.0
     curve: list[CurvePoint] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
+    smaller_micro_batches: list[tuple[int, int]] = field(default_factory=list)
     window_nats: float = 0.0
     window_labels: int = 0
     window_seconds: float = 0.0
@@ -44,6 +47,7 @@ class Progress:
         known = {name: value for name, value in values.items() if name in names}
         progress = cls(**known)  # type: ignore[arg-type]  # a checkpoint's checksum vouches for the types
         progress.curve = [(point[0], point[1], point[2]) for point in progress.curve]
+        progress.smaller_micro_batches = [(step, rows) for step, rows in progress.smaller_micro_batches]
         return progress
 
     def add(self, *, nats: float, tokens: int, label_tokens: int, seconds: float) -> None:
@@ -55,6 +59,12 @@ class Progress:
         self.window_nats += nats
         self.window_labels += label_tokens
         self.window_seconds += seconds
+
+    def shrink_micro_batches(self, rows: int) -> None:
+        """Notes that the step to come, and all after it, take so many rows at a time."""
+        coming = self.step + 1
+        earlier = [each for each in self.smaller_micro_batches if each[0] < coming]
+        self.smaller_micro_batches = [*earlier, (coming, rows)]
 
     def close_window(self) -> tuple[float, float]:
         """Nats per label token and label tokens per second since the last call; empties the window."""

@@ -16,6 +16,7 @@ from qlora_trainer.errors import TrainingError
 from qlora_trainer.numerics.loss import IGNORE_INDEX, summed_nats
 from qlora_trainer.runners.causal_lm import label_logits
 from qlora_trainer.runtime.device import World
+from qlora_trainer.stages.train.recovery import MicroBatchTooLargeError, is_lack_of_memory
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,12 @@ def optimizer_step(
 
     Raises:
         TrainingError: loss or gradients are not finite; nothing was stepped. Names the rows.
+        MicroBatchTooLargeError: a batch does not fit into memory; nothing was stepped, gradients are left.
     """
     device = next(model.parameters()).device
     label_tokens = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
     share = 1 / world.sum_(torch.tensor(float(label_tokens), device=device))
-    losses = []
-    for batch in batches:
-        logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
-        nats = summed_nats(logits, labels)
-        torch.autograd.backward(nats * share)
-        losses.append(nats.detach())
+    losses = [_summed_gradients(model, batch, share) for batch in batches]
     for parameter in model.parameters():
         if parameter.grad is not None:
             world.sum_(parameter.grad)
@@ -72,6 +69,26 @@ def optimizer_step(
         label_tokens=label_tokens,
         gradient_norm=float(norm),
     )
+
+
+def _summed_gradients(model: nn.Module, batch: Batch, share: Tensor) -> Tensor:
+    """Adds the batch's gradients to those that are there and gives its summed loss, detached."""
+    try:
+        return _both_passes(model, batch, share)
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        reason = str(error) or type(error).__name__
+    # Raised after the block, so that the first error, and with it the failed pass, is let go.
+    raise MicroBatchTooLargeError(batch.row_indexes, reason)
+
+
+def _both_passes(model: nn.Module, batch: Batch, share: Tensor) -> Tensor:
+    device = share.device
+    logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
+    nats = summed_nats(logits, labels)
+    torch.autograd.backward(nats * share)
+    return nats.detach()
 
 
 def _not_finite(

@@ -40,6 +40,7 @@ def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAd
         seconds=progress.seconds,
         resumed_at=tuple(progress.resumed_at),
         trainable_parameters=sum(parameter.numel() for parameter in trainable.values()),
+        smaller_micro_batches=tuple(progress.smaller_micro_batches),
     )
 
 
