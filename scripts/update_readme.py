@@ -62,8 +62,9 @@ def step_table() -> str:
         "",
         f"Medians of {steps} steps on {result['threads']} threads; Llama shape with random weights, hidden "
         f"{shape['hidden_size']}, {shape['num_hidden_layers']} layers, vocabulary {shape['vocab_size']:,}; gsm8k rows "
-        f"up to 512 tokens, 4 a step; losses and gradient norms of every line agree to bfloat16 rounding. The processor "
-        f"multiplies bfloat16 matrices at {rate / 1e9:.0f} GFLOP/s. Peer: TRL {result['environment']['trl']}.",
+        f"up to 512 tokens, 4 a step; losses and gradient norms of every line agree to bfloat16 rounding. The "
+        f"processor multiplies bfloat16 matrices at {rate / 1e9:.0f} GFLOP/s. "
+        f"Peer: TRL {result['environment']['trl']}.",
     ]
     return "\n".join(lines)
 
