@@ -110,7 +110,9 @@ class _Backward:
         query, of_output = (part[:, :, begin:end].reshape(rows) for part in (self.query, self.of_output))
         key, value = self.key[:, :end], self.value[:, :end]
         scores = torch.bmm(query, key.transpose(1, 2))
-        weights = torch.sub(scores, self.shift[:, :, begin:end].reshape(rows)).mul_(self.scale).exp_()
+        # No weight is above 1. Without the bound the score of a key yet to come, which the sums do not hold, could
+        # become infinite, and stay not a number when it is multiplied by zero.
+        weights = torch.sub(scores, self.shift[:, :, begin:end].reshape(rows)).mul_(self.scale).clamp_(max=0).exp_()
         weights.view(heads, group, end - begin, end)[..., begin:].mul_(self.past[: end - begin, : end - begin])
         self.of_value[:, :end] += torch.bmm(weights.to(value.dtype).transpose(1, 2), of_output)
         of_weights = torch.bmm(of_output, value.transpose(1, 2))

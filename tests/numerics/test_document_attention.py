@@ -84,6 +84,19 @@ def test_blocks_of_queries_give_the_gradient_of_torchs_attention(tokens: int, kv
         assert (mine - theirs).norm() <= 2e-6 * (theirs.norm() + upstream.norm())
 
 
+def test_a_key_yet_to_come_with_an_enormous_score_spoils_no_gradient() -> None:
+    query, key, value = heads(20)
+    with torch.no_grad():
+        key[:, :, -1] *= 1000
+    found = causal_attention(query, key, value, scale=1.0)
+    wanted = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True)
+    upstream = torch.randn_like(found)
+    pairs = (torch.autograd.grad(output, (query, key, value), upstream) for output in (found, wanted))
+    for mine, theirs in zip(*pairs, strict=True):
+        assert torch.isfinite(mine).all()
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
 def test_gradients_in_bfloat16_are_as_near_as_torchs_own() -> None:
     query, key, value = heads(300, dtype=torch.bfloat16)
     exact = [part.detach().float().requires_grad_() for part in (query, key, value)]
