@@ -13,6 +13,10 @@ from qlora_trainer.recipe import BaseModelSource
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.runtime.weight_headers import read_headers, weight_files
 
+_TEXT_PART = (
+    ". It reads more than text; save its text part as a folder first, in the way that `qlora-trainer recipes show "
+    "gemma3_4b_16gb` tells for Gemma 3"
+)
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.py")
 
 
@@ -73,7 +77,10 @@ def _config_problems(folder: Path, *, trust_remote_code: bool) -> list[str]:
     problems = []
     architectures = config.get("architectures") or []
     if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        problems.append(f"config.json names architectures {architectures}, none of which is a causal language model")
+        hint = _TEXT_PART if "text_config" in config else ""
+        problems.append(
+            f"config.json names architectures {architectures}, none of which is a causal language model{hint}"
+        )
     if "quantization_config" in config:
         problems.append(
             "it is quantized already (config.json has a quantization_config); name the 16-bit model instead"
