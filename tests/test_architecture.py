@@ -45,12 +45,12 @@ ALLOWED = {
 # Formats do not know each other; these three are what they share.
 SHARED_BY_FORMATS = {"weight_format", "model_folder"}
 
-# Nor do runners; all of them may ask for the architecture.
-SHARED_BY_RUNNERS = {"transformers"}
+# Nor do runners; all of them may ask for the architecture, and where a model finds room.
+SHARED_BY_RUNNERS = {"transformers", "placement"}
 
 # The only modules that may import a library.
 DOORS = {
-    "accelerate": {"runners.transformers"},
+    "accelerate": {"runners.transformers", "runners.placement"},
     "bitsandbytes": {"runtime.bnb"},
     "peft": {"stages.adapt", "formats.peft_adapter"},
     "wandb": {"runtime.tracking"},
