@@ -119,18 +119,6 @@ Example:
 
 Next: qlora-trainer run RECIPE"""
 
-RECIPES_SHORT_HELP = "List recipes, or document every setting."
-
-RECIPES_HELP = """List recipes with their base, data and expected figures; or document every setting.
-
-\b
-Examples:
-  qlora-trainer recipes
-  qlora-trainer recipes path/to/folder
-  qlora-trainer recipes --fields
-
-Next: copy one, change it, and qlora-trainer check YOUR.yaml"""
-
 APP_HELP = """QLoRA training from one recipe to verified int4 and int8 files, with the loss at every stage reported.
 
 A recipe is one YAML file: base model, data, training, exports. Begin with
