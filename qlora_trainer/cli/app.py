@@ -17,6 +17,7 @@ from qlora_trainer import __version__
 from qlora_trainer.cli.guard import guarded
 from qlora_trainer.cli.recipes_verb import RECIPES_HELP, RECIPES_SHORT_HELP, recipes
 from qlora_trainer.cli.screen import make_console, prepare_output, tell_error, write
+from qlora_trainer.cli.talk_verbs import add_talk_verbs
 from qlora_trainer.cli.verbs import (
     APP_HELP,
     CHECK_HELP,
@@ -71,6 +72,7 @@ def make_app() -> typer.Typer:
     for verb in VERBS:
         app.command(verb.name, help=verb.help, short_help=verb.does)(_stage_command(verb))
     app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(recipes)
+    add_talk_verbs(app)
     return app
 
 
