@@ -9,5 +9,6 @@ holds the one model that is in memory while training and measuring it, ``talking
 
 from qlora_trainer.pipeline.journey import Until, run
 from qlora_trainer.pipeline.talking import Sampling, Voice, talk
+from qlora_trainer.pipeline.whole import run_whole
 
-__all__ = ["Sampling", "Until", "Voice", "run", "talk"]
+__all__ = ["Sampling", "Until", "Voice", "run", "run_whole", "talk"]

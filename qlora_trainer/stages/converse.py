@@ -60,6 +60,11 @@ class Voice:
     tokenizer: TextTokenizer
     _steps: Steps = field(repr=False)
 
+    def say(self, prompt: str, sampling: Sampling | None = None, *, max_new_tokens: int = 256) -> str:
+        """The whole answer to one prompt; the most likely one where no ``sampling`` is given."""
+        asked = [{"role": "user", "content": prompt}]
+        return "".join(self.answer(asked, sampling or Sampling(), max_new_tokens=max_new_tokens))
+
     def answer(self, messages: Sequence[Message], sampling: Sampling, *, max_new_tokens: int) -> Iterator[str]:
         """The next turn, piece by piece as it is written; the pieces joined are the whole answer.
 
