@@ -15,6 +15,7 @@ import typer
 
 from qlora_trainer import __version__
 from qlora_trainer.cli.guard import guarded
+from qlora_trainer.cli.new_verb import NEW_HELP, NEW_SHORT_HELP, new
 from qlora_trainer.cli.recipes_verb import RECIPES_HELP, RECIPES_SHORT_HELP, recipes
 from qlora_trainer.cli.screen import make_console, prepare_output, tell_error, write
 from qlora_trainer.cli.talk_verbs import add_talk_verbs
@@ -72,6 +73,7 @@ def make_app() -> typer.Typer:
     for verb in VERBS:
         app.command(verb.name, help=verb.help, short_help=verb.does)(_stage_command(verb))
     app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(recipes)
+    app.command("new", help=NEW_HELP, short_help=NEW_SHORT_HELP)(new)
     add_talk_verbs(app)
     return app
 

@@ -6,7 +6,7 @@ with the package. Nothing here knows what a setting does.
 """
 
 from qlora_trainer.recipe_file.fields import ABSENT, FieldText, SectionText, describe
-from qlora_trainer.recipe_file.loading import dump, load
+from qlora_trainer.recipe_file.loading import dump, dump_short, load
 from qlora_trainer.recipe_file.shipped import shipped_folder, shipped_recipe, shipped_recipes
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "SectionText",
     "describe",
     "dump",
+    "dump_short",
     "load",
     "shipped_folder",
     "shipped_recipe",
