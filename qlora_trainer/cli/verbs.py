@@ -124,9 +124,11 @@ APP_HELP = """QLoRA training from one recipe to verified int4 and int8 files, wi
 A recipe is one YAML file: base model, data, training, exports. Begin with
 
 \b
-  qlora-trainer recipes                          what is there
+  qlora-trainer recipes                          what is there; recipes copy NAME makes one yours
+  qlora-trainer new                              a recipe for your base, data and machine
   qlora-trainer check recipes/quickstart.yaml    what it would do and need
   qlora-trainer run recipes/quickstart.yaml      the whole way
+  qlora-trainer chat runs/quickstart             talk to what came of it
 
 Any setting can be changed on the command line: --set training.max_steps=20
 
