@@ -14,10 +14,22 @@ NAME = "qlora_trainer"
 
 # A layer's name is the first part below the package. What a layer may import, itself apart:
 ALLOWED = {
-    "__init__": set(),
+    # The face names them; it imports none at import.
+    "__init__": {"errors", "pipeline", "preflight", "recipe", "recipe_file", "records"},
     "__main__": {"cli"},
-    "cli": {"export_formats", "pipeline", "preflight", "recipe_file", "recipe", "records", "runtime", "errors"},
-    "pipeline": {"export_formats", "preflight", "stages", "recipe", "records", "runtime", "errors"},
+    "cli": {
+        "export_formats",
+        "pipeline",
+        "preflight",
+        "recipe_file",
+        "recipe",
+        "records",
+        "runtime",
+        "serving",
+        "errors",
+    },
+    "pipeline": {"export_formats", "preflight", "serving", "stages", "recipe", "records", "runtime", "errors"},
+    "serving": {"recipe", "runtime", "errors"},
     "preflight": {
         "export_formats",
         "stages",
@@ -45,12 +57,12 @@ ALLOWED = {
 # Formats do not know each other; these three are what they share.
 SHARED_BY_FORMATS = {"weight_format", "model_folder"}
 
-# Nor do runners; all of them may ask for the architecture.
-SHARED_BY_RUNNERS = {"transformers"}
+# Nor do runners; all of them may ask for the architecture, and where a model finds room.
+SHARED_BY_RUNNERS = {"transformers", "placement"}
 
 # The only modules that may import a library.
 DOORS = {
-    "accelerate": {"runners.transformers"},
+    "accelerate": {"runners.transformers", "runners.placement"},
     "bitsandbytes": {"runtime.bnb"},
     "peft": {"stages.adapt", "formats.peft_adapter"},
     "wandb": {"runtime.tracking"},
@@ -76,6 +88,7 @@ WITHOUT_TORCH = (
     "preflight",
     "recipe_file",
     "records",
+    "serving",
     "stages.dataset",
     "stages.base_model",
     "runtime.run_folder",

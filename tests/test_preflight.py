@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 from typing import get_args
 
+import huggingface_hub
 import pytest
 
 from qlora_trainer import export_formats
-from qlora_trainer.preflight import Preflight, check, exports, predict_peak_bytes, room
+from qlora_trainer.numerics.footprint import Footprint
+from qlora_trainer.preflight import Preflight, check, checking, exports, predict_peak_bytes, room
 from qlora_trainer.preflight.prediction import model_shape
 from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
 from qlora_trainer.runtime.run_folder import RunFolder
@@ -457,6 +459,32 @@ def test_a_hub_model_is_not_downloaded_and_its_data_are_still_looked_at(here: Pa
     assert "owner/model is on the hub" in found.notes[0]
     assert len(found.problems) == 1
     assert "none.csv" in found.problems[0]
+
+
+def test_a_hub_model_that_was_downloaded_is_looked_at(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_args, **_kwargs: str(llama_folder))
+    found = check(recipe("x", base_model={"path": None, "name": "owner/model"}))
+    assert found.problems == ()
+    assert found.memory
+    assert found.example
+
+
+def test_a_16_bit_model_larger_than_the_gpu_is_measured_with_the_help_of_the_machine(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    free = 2 * GIB
+    monkeypatch.setattr(checking, "free_memory", lambda: room.Memory("cuda", free, room.GPU_PLACE))
+    monkeypatch.setattr(checking, "memory_predictions", lambda *_: {"evaluation": Footprint({"weights": 3 * GIB})})
+    monkeypatch.setattr(checking, "available_bytes", lambda: 4 * GIB)
+    found = check(recipe(llama_folder))
+    assert found.problems == ()
+    assert any("lies in this machine's memory" in note for note in found.notes)
+    monkeypatch.setattr(checking, "available_bytes", lambda: 2 * GIB)
+    assert "the 16-bit base itself must fit" in check(recipe(llama_folder)).problems[0]
 
 
 def test_a_base_of_another_family_is_planned_without_a_prediction(

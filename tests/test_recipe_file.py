@@ -330,3 +330,14 @@ def test_every_setting_is_described_with_what_can_be_written() -> None:
     assert lora["target_modules"].kind == "all-linear or list of text"
     assert lora["init"].kind == "default | loftq | pissa"
     assert all(field.meaning for section in sections.values() for field in section.fields)
+
+
+def test_an_override_takes_a_setting_away_with_null(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "run: {name: tiny}\nbase_model: {name: owner/model}\ndata: {train: a.jsonl, validation_rows: 1, test_rows: 1}\n"
+        "training: {max_steps: 5}\n",
+        encoding="utf-8",
+    )
+    recipe = load(path, ["base_model.name=null", "base_model.path=here"])
+    assert (recipe.base_model.name, recipe.base_model.path) == (None, "here")

@@ -9,11 +9,14 @@ from qlora_trainer.preflight import check
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+# Recipes for public models were not run; ``test_public_recipes`` holds what they promise.
+MEASURED = [path for path in RECIPES if not path.stem.endswith("gb")]
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+each_measured = pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
 
 
 def test_the_issue_asked_for_three_at_least() -> None:
-    assert len(RECIPES) >= 3
+    assert len(MEASURED) >= 3
 
 
 @each_recipe
@@ -24,6 +27,12 @@ def test_a_recipe_begins_with_what_it_is(path: Path) -> None:
 
 
 @each_recipe
+def test_a_recipe_without_figures_says_first_that_it_was_not_run(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    assert (recipe_file.load(path, []).expected is None) == ("Not run: " in first)
+
+
+@each_measured
 def test_a_recipe_carries_what_it_gave(path: Path) -> None:
     expected = recipe_file.load(path, []).expected
     assert expected is not None
@@ -45,7 +54,7 @@ def test_the_quickstart_needs_nothing_but_the_repository(monkeypatch: pytest.Mon
 
 
 @pytest.mark.real
-@each_recipe
+@each_measured
 def test_a_recipe_can_be_run_where_the_shared_data_is(
     path: Path, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,13 +15,14 @@ import typer
 
 from qlora_trainer import __version__
 from qlora_trainer.cli.guard import guarded
+from qlora_trainer.cli.new_verb import NEW_HELP, NEW_SHORT_HELP, new
+from qlora_trainer.cli.recipes_verb import RECIPES_HELP, RECIPES_SHORT_HELP, recipes
 from qlora_trainer.cli.screen import make_console, prepare_output, tell_error, write
+from qlora_trainer.cli.talk_verbs import add_talk_verbs
 from qlora_trainer.cli.verbs import (
     APP_HELP,
     CHECK_HELP,
     CHECK_SHORT_HELP,
-    RECIPES_HELP,
-    RECIPES_SHORT_HELP,
     VERBS,
     Verb,
 )
@@ -71,7 +72,9 @@ def make_app() -> typer.Typer:
     app.command("check", help=CHECK_HELP, short_help=CHECK_SHORT_HELP)(_check)
     for verb in VERBS:
         app.command(verb.name, help=verb.help, short_help=verb.does)(_stage_command(verb))
-    app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(_recipes)
+    app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(recipes)
+    app.command("new", help=NEW_HELP, short_help=NEW_SHORT_HELP)(new)
+    add_talk_verbs(app)
     return app
 
 
@@ -151,20 +154,6 @@ def _check(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: Trust
             raise typer.Exit(REFUSED)
         flag = " --trust-remote-code" if trust_remote_code else ""
         write(console, f"\nReady: {_command('run', recipe, overrides)}{flag}")
-
-
-def _recipes(
-    folder: Annotated[Path, typer.Argument(help="Folder of the recipes.")] = Path("recipes"),
-    *,
-    fields: Annotated[bool, typer.Option("--fields", help="Document every setting of a recipe instead.")] = False,
-) -> None:
-    from qlora_trainer.cli.shipped import show_fields, show_recipes  # noqa: PLC0415
-
-    with guarded():
-        if fields:
-            show_fields(make_console())
-        else:
-            show_recipes(make_console(), folder)
 
 
 def _command(name: str, path: Path, overrides: Sequence[str]) -> str:

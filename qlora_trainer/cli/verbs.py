@@ -119,26 +119,16 @@ Example:
 
 Next: qlora-trainer run RECIPE"""
 
-RECIPES_SHORT_HELP = "List recipes, or document every setting."
-
-RECIPES_HELP = """List recipes with their base, data and expected figures; or document every setting.
-
-\b
-Examples:
-  qlora-trainer recipes
-  qlora-trainer recipes path/to/folder
-  qlora-trainer recipes --fields
-
-Next: copy one, change it, and qlora-trainer check YOUR.yaml"""
-
 APP_HELP = """QLoRA training from one recipe to verified int4 and int8 files, with the loss at every stage reported.
 
 A recipe is one YAML file: base model, data, training, exports. Begin with
 
 \b
-  qlora-trainer recipes                          what is there
+  qlora-trainer recipes                          what is there; recipes copy NAME makes one yours
+  qlora-trainer new                              a recipe for your base, data and machine
   qlora-trainer check recipes/quickstart.yaml    what it would do and need
   qlora-trainer run recipes/quickstart.yaml      the whole way
+  qlora-trainer chat runs/quickstart             talk to what came of it
 
 Any setting can be changed on the command line: --set training.max_steps=20
 

@@ -4,9 +4,11 @@
       └ evaluation of each, on the same test rows ┘
 
 ``journey`` is that line, ``ledger`` remembers finished stages, ``ground`` is what a run stands on, ``adapted``
-holds the one model that is in memory while training and measuring it.
+holds the one model that is in memory while training and measuring it, ``talking`` opens a model of a finished run.
 """
 
 from qlora_trainer.pipeline.journey import Until, run
+from qlora_trainer.pipeline.talking import Sampling, Voice, talk
+from qlora_trainer.pipeline.whole import run_whole
 
-__all__ = ["Until", "run"]
+__all__ = ["Sampling", "Until", "Voice", "run", "run_whole", "talk"]

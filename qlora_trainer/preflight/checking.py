@@ -18,10 +18,10 @@ from qlora_trainer.preflight.prediction import (
     model_shape,
     training_load,
 )
-from qlora_trainer.preflight.room import Budget, free_memory
+from qlora_trainer.preflight.room import GPU_PLACE, Budget, free_memory
 from qlora_trainer.recipe import SHAPING_SECTIONS, Data, Recipe
 from qlora_trainer.records import BaseCheckpoint
-from qlora_trainer.runtime.memory import free_disk_bytes
+from qlora_trainer.runtime.memory import available_bytes, free_disk_bytes
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages import base_model, dataset
 from qlora_trainer.stages.dataset import TaskRows
@@ -55,14 +55,13 @@ class Preflight:
 def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
     """Looks at everything that a run of the recipe would read and write; writes and downloads nothing."""
     found = _Findings()
-    base = rows = None
-    if recipe.base_model.name is not None:
+    rows = None
+    base = found.attempt(lambda: base_model.resolve_local(recipe.base_model, trust_remote_code=trust_remote_code))
+    if base is None and recipe.base_model.name is not None:
         found.notes.append(
-            f"{recipe.base_model.name} is on the hub and `check` downloads nothing. Once it is on this machine, give "
-            "its folder as base_model.path to see memory, plan and an example"
+            f"{recipe.base_model.name} is on the hub and `check` downloads nothing. Fetch it with `hf download "
+            f"{recipe.base_model.name}{_revision(recipe)}` and check again to see memory, plan and an example"
         )
-    else:
-        base = found.attempt(lambda: base_model.resolve(recipe.base_model, trust_remote_code=trust_remote_code))
     if base is not None:
         folder = base.folder
         rows = found.attempt(lambda: dataset.load_rows(recipe, folder))
@@ -76,6 +75,11 @@ def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
     if base is None or rows is None:
         return Preflight((), None, (), (), (), tuple(found.notes), tuple(found.problems))
     return _whole(recipe, base, rows, found)
+
+
+def _revision(recipe: Recipe) -> str:
+    revision = recipe.base_model.revision
+    return "" if revision is None else f" --revision {revision}"
 
 
 class _Findings:
@@ -154,12 +158,23 @@ def _judge(memory: tuple[Budget, ...], disk: Budget | None, found: _Findings) ->
     """Too little room is a problem; memory that is only just enough is a note."""
     for budget in memory:
         mend = _MENDS[budget.purpose]
-        if budget.is_short:
+        if budget.is_short and _fits_with_machine(budget):
+            found.notes.append(
+                f"{budget}; while the 16-bit model is measured, what does not fit lies in this machine's memory, which "
+                "takes longer"
+            )
+        elif budget.is_short:
             found.problems.append(f"{budget}. {mend}")
         elif budget.is_tight:
             found.notes.append(f"{budget}; it may fit if the C library returns freed memory. {mend}")
     if disk is not None and disk.is_short:
         found.problems.append(f"{disk}. Make room, choose a run.folder on another disk, or remove export.formats")
+
+
+def _fits_with_machine(budget: Budget) -> bool:
+    """Whether measuring the unquantized model fits once weights may lie outside the GPU (``runners.placement``)."""
+    is_on_gpu = budget.purpose == "evaluation" and budget.place == GPU_PLACE
+    return is_on_gpu and budget.needed.total <= available_bytes()
 
 
 _MENDS = {

@@ -10,6 +10,7 @@ from qlora_trainer.numerics.footprint import KEPT_BY_ALLOCATOR, Footprint
 from qlora_trainer.runtime.memory import available_bytes
 
 NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
+GPU_PLACE = "memory of the GPU"
 GIB = 2**30
 
 
@@ -63,7 +64,7 @@ def free_memory() -> Memory:
     """
     free = _free_gpu_bytes() if NVIDIA_DEVICES.is_dir() else None
     if free is not None:
-        return Memory("cuda", free, "memory of the GPU")
+        return Memory("cuda", free, GPU_PLACE)
     return Memory("cpu", available_bytes(), "memory of this machine")
 
 

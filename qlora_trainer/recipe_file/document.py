@@ -90,7 +90,7 @@ def read_value(text: str, source: Place, path: Path) -> Document:
     Places and problems carry ``source`` and the full ``path``.
     """
     document = Document(values={})
-    node = _one_node(text, source.source, document.problems) if text.strip() else None
+    node = None if text.strip() in NULLS else _one_node(text, source.source, document.problems)
     value = None if node is None else _value(node, path, source=source.source, document=document)
     document.values = {"value": value}
     document.places = {path: source} | dict.fromkeys(document.places, source)

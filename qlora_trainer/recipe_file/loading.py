@@ -50,6 +50,18 @@ def dump(recipe: Recipe) -> str:
     )
 
 
+def dump_short(recipe: Recipe, *, title: str) -> str:
+    """The settings that were given, without defaults, below a comment; ``load`` reads them back equal.
+
+    Args:
+        recipe: built from the given settings alone.
+        title: of the recipe; one line.
+    """
+    given = recipe.model_dump(mode="json", exclude_unset=True)
+    text = yaml.dump(given, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+    return f"# {' '.join(title.split())}\n{text}"
+
+
 def _in_brackets(dumper: yaml.representer.BaseRepresenter, items: Sequence[object]) -> yaml.SequenceNode:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 

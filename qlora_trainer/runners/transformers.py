@@ -5,6 +5,7 @@ own notices are silenced here; what they would have told of missing or misfit we
 """
 
 import io
+import json
 import logging
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import logging as library_logging
 
 from qlora_trainer.errors import BaseModelError, MissingPackageError
+from qlora_trainer.runners import placement
 from qlora_trainer.runtime import bnb
 from qlora_trainer.runtime.device import choose_device
 
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 def load(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The model in a folder, in evaluation mode, guarded (``runtime.bnb.guard``), on the device that work is done on.
+
+    A model that is not quantized for its runtime may be larger than a GPU: see ``placement``.
 
     Args:
         folder: Hugging Face layout; a ``quantization_config`` in its config.json is honoured.
@@ -183,13 +187,15 @@ def _fill_buffers(model: Any) -> None:
 
 def _loaded(model_class: Any, folder: Path | None, *, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
     where = folder or "the given weights"
+    device = choose_device()
+    place = placement.place_for(_dense_bytes(folder, dtype, options), device) if device.type == "cuda" else device
     try:
         with _silenced():
             # Shapes that do not fit are let through here so that all of them can be named below.
             model, found = model_class.from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map={"": choose_device()},
+                device_map={"": place},
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **options,
@@ -208,7 +214,21 @@ def _loaded(model_class: Any, folder: Path | None, *, dtype: torch.dtype, option
     guarded: nn.Module = bnb.guard(model)
     # transformers 5.23 leaves what is not quantized in the file's type where the rest is bitsandbytes'.
     bnb.cast_unquantized(guarded, dtype)
-    return guarded.eval()
+    return guarded.eval() if place == device else placement.spread(guarded.eval(), device)
+
+
+def _dense_bytes(folder: Path | None, dtype: torch.dtype, options: dict[str, Any]) -> int:
+    """Bytes of all weights in memory; 0 where a quantizer keeps them packed: such a model stays in one place."""
+    if folder is None:
+        given: int = sum(tensor.numel() for tensor in options["state_dict"].values())
+        return given * dtype.itemsize
+    config = folder / "config.json"
+    described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if described.get("quantization_config", {}).get("quant_method") not in (None, "compressed-tensors"):
+        return 0
+    model = skeleton(folder, trust_remote_code=bool(options.get("trust_remote_code")))
+    count: int = sum(parameter.numel() for parameter in model.parameters())
+    return count * dtype.itemsize
 
 
 @torch.no_grad()

@@ -13,6 +13,10 @@ from qlora_trainer.recipe import BaseModelSource
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.runtime.weight_headers import read_headers, weight_files
 
+_TEXT_PART = (
+    ". It reads more than text; save its text part as a folder first, in the way that `qlora-trainer recipes show "
+    "gemma3_4b_16gb` tells for Gemma 3"
+)
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.py")
 
 
@@ -25,6 +29,16 @@ def resolve(source: BaseModelSource, *, trust_remote_code: bool = False) -> Base
             problems at once.
     """
     folder = Path(source.path) if source.path is not None else _download(source)
+    return _checked(folder, trust_remote_code=trust_remote_code)
+
+
+def resolve_local(source: BaseModelSource, *, trust_remote_code: bool = False) -> BaseCheckpoint | None:
+    """The same without the network; None for a hub model that was not downloaded yet."""
+    folder = Path(source.path) if source.path is not None else _cached(source)
+    return None if folder is None else _checked(folder, trust_remote_code=trust_remote_code)
+
+
+def _checked(folder: Path, *, trust_remote_code: bool) -> BaseCheckpoint:
     if not folder.is_dir():
         raise BaseModelError(
             f"base_model.path: there is no folder {folder} (looked in {folder.absolute().parent}). "
@@ -73,7 +87,10 @@ def _config_problems(folder: Path, *, trust_remote_code: bool) -> list[str]:
     problems = []
     architectures = config.get("architectures") or []
     if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        problems.append(f"config.json names architectures {architectures}, none of which is a causal language model")
+        hint = _TEXT_PART if "text_config" in config else ""
+        problems.append(
+            f"config.json names architectures {architectures}, none of which is a causal language model{hint}"
+        )
     if "quantization_config" in config:
         problems.append(
             "it is quantized already (config.json has a quantization_config); name the 16-bit model instead"
@@ -84,6 +101,19 @@ def _config_problems(folder: Path, *, trust_remote_code: bool) -> list[str]:
             "if you trust it, add --trust-remote-code to the command. A recipe cannot switch this on"
         )
     return problems
+
+
+def _cached(source: BaseModelSource) -> Path | None:
+    """Folder of a hub model in the local cache, None where it is not there or has no weights."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        found = Path(snapshot_download(f"{source.name}", revision=source.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    # Looking at a model card or a tokenizer leaves a folder too.
+    return found if any(found.glob("*.safetensors")) else None
 
 
 def _download(source: BaseModelSource) -> Path:

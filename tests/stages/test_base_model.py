@@ -99,3 +99,9 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(BaseModelError, match="cannot be reached"):
         resolve(BaseModelSource(name="owner/model"))
+
+
+def test_a_model_that_sees_images_is_refused_with_the_way_to_its_text_part(base: Path) -> None:
+    change_config(base, architectures=["Gemma3ForConditionalGeneration"], text_config={})
+    with pytest.raises(BaseModelError, match="recipes show gemma3_4b_16gb"):
+        resolve(source(base))

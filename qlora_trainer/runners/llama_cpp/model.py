@@ -6,7 +6,7 @@ are llama.cpp's own, as a server has them: the cache of keys and values is float
 
 import ctypes
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,15 @@ class LlamaCppModel(nn.Module):
         longest = max(len(answer) for answer in answers)
         padded = [answer + [pad] * (longest - len(answer)) for answer in answers]
         return torch.cat([input_ids, torch.tensor(padded, dtype=torch.int64)], dim=1)
+
+    def next_logits(self, token_ids: Sequence[int], *, start: int) -> Tensor:
+        """Logits behind the last of some tokens, float32 of shape ``(vocabulary,)``; see ``runners.stepping.Steps``.
+
+        Raises:
+            ValueError: more tokens than the window.
+        """
+        logits = self._logits(list(token_ids), start=start, wanted=[len(token_ids) - 1])
+        return torch.from_numpy(logits[0])
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of a text by the file's own tokenizer; special tokens in the text are read, none is put around it."""
