@@ -12,6 +12,8 @@ from qlora_trainer.recipe_file.document import Path
 
 ABSENT = "absent"
 """Default of a setting that need not be there and has no value then."""
+ELEMENT = 3
+"""Length of the path to an element of a list that a setting holds, such as ``data.train.0``."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,27 @@ def sections() -> dict[str, type[Section]]:
 def setting(path: Path) -> FieldInfo | None:
     """The field that ``path`` leads to or into; None where there is none."""
     section = sections().get(str(path[0])) if len(path) > 1 else None
-    return None if section is None else section.model_fields.get(str(path[1]))
+    found = None if section is None else section.model_fields.get(str(path[1]))
+    inner = None if found is None else _section_in(found.annotation)
+    return found if inner is None or len(path) <= ELEMENT else inner.model_fields.get(str(path[ELEMENT]))
 
 
 def known_keys(path: Path) -> tuple[str, ...]:
-    """Keys that can stand under ``path``: the sections, or the settings of one section; none deeper down."""
+    """Keys that can stand under ``path``: the sections, or the settings of one section or of a mapping in a list."""
     if not path:
         return tuple(Recipe.model_fields)
     section = sections().get(str(path[0])) if len(path) == 1 else None
+    if len(path) == ELEMENT:
+        info = setting(path)
+        section = None if info is None else _section_in(info.annotation)
     return () if section is None else tuple(section.model_fields)
+
+
+def _section_in(annotation: object) -> type[Section] | None:
+    """The model of the mappings that a list of this type can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner)) is not None), None)
 
 
 def choices(annotation: object) -> tuple[str, ...]:
@@ -91,11 +105,12 @@ def plain(docstring: str | None) -> str:
 
 
 def _field_texts(section: type[Section]) -> tuple[FieldText, ...]:
-    properties = section.model_json_schema()["properties"]
+    schema = section.model_json_schema()
+    properties, definitions = schema["properties"], schema.get("$defs", {})
     return tuple(
         FieldText(
             name=name,
-            kind=_kind(properties[name]),
+            kind=_kind(properties[name], definitions),
             default=None if info.is_required() else _default(info.default),
             meaning=plain(info.description),
         )
@@ -109,11 +124,11 @@ def _default(value: object) -> str:
     return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
-def _kind(schema: Mapping[str, object]) -> str:
-    """One property of a JSON schema in words."""
+def _kind(schema: Mapping[str, object], definitions: Mapping[str, Mapping[str, object]]) -> str:
+    """One property of a JSON schema in words; ``definitions`` are those of the schema."""
     variants = schema.get("anyOf")
     if isinstance(variants, list):
-        return " or ".join(_kind(variant) for variant in variants if variant.get("type") != "null")
+        return " or ".join(_kind(variant, definitions) for variant in variants if variant.get("type") != "null")
     words = schema.get("enum")
     if isinstance(words, list):
         return " | ".join(str(word) for word in words)
@@ -121,7 +136,10 @@ def _kind(schema: Mapping[str, object]) -> str:
         return str(schema["const"])
     items = schema.get("items")
     if isinstance(items, dict):
-        return f"list of {_kind(items)}"
+        return f"list of {_kind(items, definitions)}"
+    if "$ref" in schema:
+        keys = definitions[str(schema["$ref"]).rpartition("/")[2]]["properties"]
+        return f"{{{', '.join(keys)}}}" if isinstance(keys, dict) else ABSENT
     return _TYPES[str(schema.get("type"))] + _bounds(schema)
 
 

@@ -1,9 +1,10 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qlora_trainer.data.examples import Example, conversation_examples, prompt_completion_examples
-from qlora_trainer.data.sources import Row, SourceFile
+from qlora_trainer.data.examples import Columns, Example, ExampleReading, Format, prompt_completion_examples, row_format
+from qlora_trainer.data.sources import Reading, Row, SourceFile
 from qlora_trainer.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -21,8 +22,22 @@ def pairs(*columns: dict[str, object], group_column: str | None = None) -> list[
 
 
 def conversations(*columns: object) -> list[Example]:
-    file = file_of(*({"messages": column} for column in columns))
-    return conversation_examples(file, messages_column="messages", group_column=None)
+    return read("messages", *({"messages": column} for column in columns))
+
+
+class Held(Reading):
+    """Rows that lie in no file."""
+
+    def __init__(self, columns: tuple[dict[str, object], ...]) -> None:
+        super().__init__(Path("a.jsonl"))
+        self.columns = columns
+
+    def _rows(self) -> Iterator[Row]:
+        return (Row(line, columns) for line, columns in enumerate(self.columns, start=1))
+
+
+def read(form: Format, *columns: dict[str, object], rename: dict[str, str] | None = None) -> list[Example]:
+    return list(ExampleReading(Held(columns), row_format(form, Columns()), group=None, rename=rename))
 
 
 def test_a_prompt_and_a_completion_are_a_conversation_of_two() -> None:

@@ -140,6 +140,7 @@ def test_the_fingerprint_tells_labels_and_prompts_and_sides_apart(here: Path, ba
     for train in ((unlabelled, *rows.train[1:]), (longer, *rows.train[1:])):
         prints.add(token_fingerprint(TaskRows(train, rows.validation, rows.test, *sides)))
     moved = TaskRows(rows.train[:-1], (rows.train[-1], *rows.validation), rows.test, *sides)
+    assert token_fingerprint(TaskRows(rows.train, rows.validation, rows.test, *sides)) == token_fingerprint(rows)
     assert len({*prints, token_fingerprint(moved)}) == 4
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora_trainer.data.batches import collate, evaluation_batches
 from qlora_trainer.data.encode import EncodedRow
+from qlora_trainer.data.store import row_label_counts, row_lengths
 from qlora_trainer.numerics.loss import nats_by_row
 from qlora_trainer.runners.causal_lm import label_logits
 
@@ -42,16 +43,16 @@ def row_losses(model: nn.Module, rows: Sequence[EncodedRow], *, batch_size: int,
     device = next(model.parameters()).device
     nats = [0.0] * len(rows)
     began = time.perf_counter()
-    for indexes in evaluation_batches([len(row.token_ids) for row in rows], batch_size):
+    for indexes in evaluation_batches(row_lengths(rows), batch_size):
         batch = collate(rows, indexes, pad_id)
         logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
         for index, value in zip(indexes, nats_by_row(logits, labels).tolist(), strict=True):
             nats[index] = value
     return RowLosses(
         nats=tuple(nats),
-        labels=tuple(row.label_count for row in rows),
+        labels=tuple(row_label_counts(rows)),
         seconds=time.perf_counter() - began,
-        tokens=sum(len(row.token_ids) for row in rows),
+        tokens=sum(row_lengths(rows)),
     )
 
 
