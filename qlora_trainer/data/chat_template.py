@@ -245,7 +245,8 @@ class Chat:
 
     def _content_end(self, count: int, turn: int, text: str, *, add_generation_prompt: bool = False) -> int | None:
         """Where a message's content ends in ``text``; None where the template does not write it as it is."""
-        if not isinstance(self.messages[turn].get("content"), str):
+        content = self.messages[turn].get("content")
+        if content is not None and not isinstance(content, str):
             return None
         marked = self.text(count, add_generation_prompt=add_generation_prompt, ends=[turn])
         pieces = marked.split(SPAN_ENDS)
@@ -294,8 +295,11 @@ def _equal_characters(first: str, second: str) -> int:
 
 
 def _with_mark(message: Message) -> Message:
-    """The message with a mark behind the last character of its content that is not white space."""
-    content = str(message.get("content"))
+    """The message with a mark behind the last character of its content that is not white space.
+
+    A message without content, such as one that only calls tools, gets an empty one.
+    """
+    content = str(message.get("content") or "")
     words = content.rstrip()
     return {**message, "content": words + SPAN_ENDS + content[len(words) :]}
 

@@ -36,15 +36,15 @@ class Source(Section):
         return self
 
 
-Sources = str | Annotated[tuple[str | Source, ...], Field(strict=False, min_length=1)]
+Sources = str | Source | Annotated[tuple[str | Source, ...], Field(strict=False, min_length=1)]
 
 
 class Data(Section):
     """Task rows and how they become token ids and labels."""
 
     train: Sources
-    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, a folder of such files, or a list of these and of
-    ``{path or hub, files, weight, format, rename}``. Without weights an epoch is every row of every source once."""
+    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, a folder of such files, ``{path or hub,
+    files, weight, format, rename}``, or a list of these. Without weights an epoch is every row of every source once."""
     validation: Sources | None = None
     """Rows for periodic validation, given as ``train`` is. Absent = ``validation_rows`` are held out of ``train``."""
     test: Sources | None = None
@@ -164,5 +164,5 @@ class Data(Section):
 
 def sources_of(side: Sources) -> tuple[Source, ...]:
     """The sources of one side, a plain path as a source of its own."""
-    given = (side,) if isinstance(side, str) else side
+    given = side if isinstance(side, tuple) else (side,)
     return tuple(Source(path=source) if isinstance(source, str) else source for source in given)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -12,8 +12,6 @@ from qlora_trainer.recipe_file.document import Path
 
 ABSENT = "absent"
 """Default of a setting that need not be there and has no value then."""
-ELEMENT = 3
-"""Length of the path to an element of a list that a setting holds, such as ``data.train.0``."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ def setting(path: Path) -> FieldInfo | None:
     section = sections().get(str(path[0])) if len(path) > 1 else None
     found = None if section is None else section.model_fields.get(str(path[1]))
     inner = None if found is None else _section_in(found.annotation)
-    return found if inner is None or len(path) <= ELEMENT else inner.model_fields.get(str(path[ELEMENT]))
+    rest = [part for part in path[2:] if isinstance(part, str)]
+    return found if inner is None or not rest else inner.model_fields.get(rest[0])
 
 
 def known_keys(path: Path) -> tuple[str, ...]:
@@ -79,7 +78,7 @@ def known_keys(path: Path) -> tuple[str, ...]:
     if not path:
         return tuple(Recipe.model_fields)
     section = sections().get(str(path[0])) if len(path) == 1 else None
-    if len(path) == ELEMENT:
+    if len(path) > 1:
         info = setting(path)
         section = None if info is None else _section_in(info.annotation)
     return () if section is None else tuple(section.model_fields)
@@ -107,15 +106,15 @@ def plain(docstring: str | None) -> str:
 def _field_texts(section: type[Section]) -> tuple[FieldText, ...]:
     schema = section.model_json_schema()
     properties, definitions = schema["properties"], schema.get("$defs", {})
-    return tuple(
-        FieldText(
-            name=name,
-            kind=_kind(properties[name], definitions),
-            default=None if info.is_required() else _default(info.default),
-            meaning=plain(info.description),
-        )
-        for name, info in section.model_fields.items()
-    )
+    texts, described = [], set[type[Section]]()
+    for name, info in section.model_fields.items():
+        default = None if info.is_required() else _default(info.default)
+        texts.append(FieldText(name, _kind(properties[name], definitions), default, plain(info.description)))
+        inner = _section_in(info.annotation)
+        if inner is not None and inner not in described:
+            described.add(inner)
+            texts += [replace(text, name=f"{name}.{text.name}") for text in _field_texts(inner)]
+    return tuple(texts)
 
 
 def _default(value: object) -> str:

@@ -129,3 +129,39 @@ def test_a_malformed_conversation_is_told(column: object, problem: str) -> None:
     with pytest.raises(DataError) as caught:
         conversations([USER, ANSWER], column)
     assert str(caught.value).splitlines()[1] == f"  line 2: 'messages' {problem}"
+
+
+def test_an_instruction_and_its_input_are_asked_for_together() -> None:
+    with_input, without, empty = read(
+        "instruction",
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say hi.", "output": "Hi."},
+        {"instruction": "Say hi.", "input": "", "output": "Hi."},
+    )
+    assert (with_input.prompt, with_input.completion) == ("Add.\n\n1 and 2", "3")
+    assert without.messages == empty.messages == ({"role": "user", "content": "Say hi."}, {**ANSWER, "content": "Hi."})
+
+
+def test_a_plain_text_is_one_message_that_is_nobodys() -> None:
+    example = read("text", {"text": "Once upon a time"})[0]
+    assert (example.is_text, example.prompt, example.completion) == (True, "", "Once upon a time")
+    with pytest.raises(DataError, match="line 1: 'text' is an empty text; remove the row"):
+        read("text", {"text": " \n"})
+
+
+def test_columns_are_renamed_before_they_are_looked_at() -> None:
+    row: dict[str, object] = {"question": "Hi", "answer": "Hello.", "prompt": 5}
+    example = read("prompt_completion", row, rename={"question": "prompt", "answer": "completion"})[0]
+    assert example.messages == (USER, ANSWER)
+    with pytest.raises(DataError, match=r"no row has a column 'qestion'.*Did you mean 'question'"):
+        read("prompt_completion", row, rename={"qestion": "prompt", "answer": "completion"})
+
+
+def test_tools_and_tool_calls_make_conversations_differ() -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {}}]}
+    rows: list[dict[str, object]] = [
+        {"messages": [USER, {**ANSWER, "content": ""}]},
+        {"messages": [USER, called]},
+        {"messages": [USER, called], "tools": [{"name": "add"}]},
+    ]
+    assert len({example.content for example in read("messages", *rows)}) == 3
