@@ -201,13 +201,7 @@ class Chat:
                 continue
             found = self._located(turn, text)
             if found is None:
-                raise DataError(
-                    f"message {turn + 1} of {len(self.messages)}: the chat template has no {{% generation %}} block, "
-                    "and renders this assistant turn differently with and without what follows, so its characters "
-                    "cannot be told apart. Put {% generation %} and {% endgeneration %} around what the assistant "
-                    "writes in the chat template (a copy can be named as data.chat_template), or set "
-                    "data.train_turns: last"
-                )
+                raise DataError(_not_told_apart(turn, len(self.messages)))
             spans.append(found)
             rewritten += 1
         return RenderedChat(text, tuple(spans), rewritten)
@@ -286,6 +280,20 @@ def _without_marks(marked: str) -> RenderedChat:
     # Pieces 1, 3, 5, ... stood between marks.
     spans = tuple((ends[number], ends[number + 1]) for number in range(1, len(pieces), 2))
     return RenderedChat("".join(pieces), spans)
+
+
+def _not_told_apart(turn: int, count: int) -> str:
+    problem = (
+        "starts generation with other words than it writes before this answer"
+        if turn + 1 == count
+        else "renders this assistant turn differently with and without what follows"
+    )
+    alone = "mend its generation prompt" if turn + 1 == count else "set data.train_turns: last"
+    return (
+        f"message {turn + 1} of {count}: the chat template has no {{% generation %}} block, and {problem}, so its "
+        "characters cannot be told apart. Put {% generation %} and {% endgeneration %} around what the assistant "
+        f"writes in the chat template (a copy can be named as data.chat_template), or {alone}"
+    )
 
 
 def _equal_characters(first: str, second: str) -> int:
