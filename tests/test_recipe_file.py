@@ -354,7 +354,7 @@ def test_the_settings_of_a_source_are_described_behind_the_first_that_takes_one(
         (
             "[a.jsonl, {path: b.jsonl, format: mesages}, 7]",
             [
-                "data.train[1].format: must be one of prompt_completion, messages, instruction, text, got the text "
+                "data.train[1].format: must be one of prompt_completion, messages, sharegpt, instruction, text, got the text "
                 "'mesages'. Did you mean 'messages'?",
                 'data.train[2]: must be text, got 7. Put it in quotes: "7"',
             ],

@@ -16,6 +16,18 @@ TRAINING_KEYS = ("train", "weight")
 ``weight`` (0 or 1). Templates do not see them."""
 
 
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Roles by what ShareGPT's files have as ``from``."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages in order, and what was said beside them; see ``examples.Example`` for the fields."""
@@ -36,6 +48,29 @@ def read_conversation(messages: object, tools: object) -> Conversation:
         untrained=frozenset(number for number, message in enumerate(given) if not _is_trained(message)),
         has_parsed_arguments=any(_has_text_arguments(message) for message in given),
     )
+
+
+def renamed_speakers(messages: object) -> object:
+    """A value of ShareGPT's form, ``{from, value}``, as ``{role, content}``; what is of another form stays."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {"role": SPEAKERS[message["from"]], "content": message["value"]}
+        | {key: value for key, value in message.items() if key not in ("from", "value")}
+        if isinstance(message, dict) and {"from", "value"} <= message.keys() and message["from"] in SPEAKERS
+        else message
+        for message in messages
+    ]
+
+
+def sharegpt_problem(value: object) -> str:
+    """``conversation_problem`` of a value of ShareGPT's form."""
+    for number, message in enumerate(value if isinstance(value, list) else [], start=1):
+        if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+            return f"message {number} needs 'from' and 'value'; with role and content it is of format: messages"
+        if message["from"] not in SPEAKERS:
+            return f"message {number}: 'from' is {message['from']!r}, needs one of {', '.join(SPEAKERS)}"
+    return conversation_problem(renamed_speakers(value))
 
 
 def conversation_problem(value: object) -> str:
@@ -83,7 +118,7 @@ def _message_problem(message: object) -> str:
     if not isinstance(message, dict):
         return f" is {json_kind(message)}, needs an object with role and content"
     if "role" not in message and {"from", "value"} <= message.keys():
-        return " has 'from' and 'value'; rename them to role (user, assistant, system, tool) and content"
+        return " has 'from' and 'value': it is of format: sharegpt"
     for key in ("role", "content"):
         if key == "content" and message.get("tool_calls") and message.get("content") is None:
             continue

@@ -16,6 +16,8 @@ from qlora_trainer.data.conversations import (
     Conversation,
     conversation_problem,
     read_conversation,
+    renamed_speakers,
+    sharegpt_problem,
     text_problem,
     tools_problem,
 )
@@ -24,7 +26,7 @@ from qlora_trainer.data.sources import Reading, Row, SourceFile
 from qlora_trainer.errors import DataError
 
 Check = Callable[[object], str]
-Format = Literal["prompt_completion", "messages", "instruction", "text"]
+Format = Literal["prompt_completion", "messages", "sharegpt", "instruction", "text"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,12 @@ def row_format(name: Format, columns: Columns) -> RowFormat:
             return RowFormat(
                 {columns.messages: conversation_problem},
                 lambda row: read_conversation(row[columns.messages], row.get(columns.tools)),
+                optional={columns.tools: tools_problem},
+            )
+        case "sharegpt":
+            return RowFormat(
+                {columns.messages: sharegpt_problem},
+                lambda row: read_conversation(renamed_speakers(row[columns.messages]), row.get(columns.tools)),
                 optional={columns.tools: tools_problem},
             )
         case "text":

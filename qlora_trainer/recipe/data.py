@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from qlora_trainer.recipe.section import PositiveInt, Section
 
-RowFormat = Literal["prompt_completion", "messages", "instruction", "text"]
+RowFormat = Literal["prompt_completion", "messages", "sharegpt", "instruction", "text"]
 
 
 class Source(Section):
@@ -66,14 +66,15 @@ class Data(Section):
     from ``train``."""
     format: RowFormat = "prompt_completion"
     """``prompt_completion``: two text columns. ``messages``: a list of {role, content}; ``train_turns`` says which
-    assistant turns are trained. ``instruction``: instruction, input (may be empty) and output, as Alpaca has them.
-    ``text``: plain text, of which every token is trained and the eos token at its end."""
+    assistant turns are trained. ``sharegpt``: the same as {from, value}, from human or gpt. ``instruction``:
+    instruction, input (may be empty) and output, as Alpaca has them. ``text``: plain text, of which every token is
+    trained and the eos token at its end."""
     prompt_column: str = "prompt"
     """Column of the prompt (``prompt_completion``)."""
     completion_column: str = "completion"
     """Column of the completion (``prompt_completion``)."""
     messages_column: str = "messages"
-    """Column of the messages (``messages``)."""
+    """Column of the messages (``messages``, ``sharegpt``)."""
     tools_column: str = "tools"
     """Column of the tool definitions, a list or its JSON text, handed to the chat template (``messages``); rows
     without it have no tools."""
@@ -125,8 +126,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _rendering_fits(self) -> Self:
-        if self.render == "text" and "messages" in self.row_formats:
-            raise ValueError("render: text reads prompt and completion; use render: chat with format: messages")
+        if self.render == "text" and self.row_formats & {"messages", "sharegpt"}:
+            raise ValueError("render: text reads prompt and completion; use render: chat with conversations")
         if "{prompt}" not in self.text_template:
             raise ValueError(f"text_template must hold {{prompt}}, got {self.text_template!r}")
         if self.stop_token is not None and self.render == "chat":

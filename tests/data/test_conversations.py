@@ -82,7 +82,7 @@ def test_messages_that_say_so_are_not_trained_and_templates_do_not_see_it() -> N
         ({**ANSWER, "weight": 0.5}, "message 1: 'weight' is 0.5, needs 0 (not trained) or 1"),
         ({**USER, "train": True}, "message 1: role 'user' cannot be trained; only the assistant's messages can"),
         ({"role": "assistant", "content": None}, "message 1: 'content' is null, needs a text"),
-        ({"from": "human", "value": "Hi"}, "message 1 has 'from' and 'value'; rename them to role (user"),
+        ({"from": "human", "value": "Hi"}, "message 1 has 'from' and 'value': it is of format: sharegpt"),
         ({"role": "assistant", "tool_calls": "add"}, "message 1: 'tool_calls' is a text, needs a list"),
         ({"role": "assistant", "tool_calls": [{"id": 1}]}, "message 1: 'tool_calls' needs objects with function:"),
         (call("[1]"), "message 1: arguments of the tool call 'add' are no JSON object"),

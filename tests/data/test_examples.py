@@ -165,3 +165,31 @@ def test_tools_and_tool_calls_make_conversations_differ() -> None:
         {"messages": [USER, called], "tools": [{"name": "add"}]},
     ]
     assert len({example.content for example in read("messages", *rows)}) == 3
+
+
+def test_speakers_of_sharegpt_are_roles() -> None:
+    turns: list[dict[str, object]] = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello.", "weight": 0},
+        {"from": "human", "value": "Bye"},
+        {"from": "gpt", "value": "Bye."},
+    ]
+    example = read("sharegpt", {"messages": turns})[0]
+    assert [message["role"] for message in example.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert (example.messages[2], example.untrained) == (ANSWER, {2})
+
+
+@pytest.mark.parametrize(
+    ("column", "problem"),
+    [
+        ([USER, ANSWER], "message 1 needs 'from' and 'value'; with role and content it is of format: messages"),
+        ([{"from": "bing", "value": "Hi"}], "message 1: 'from' is 'bing', needs one of human, user, gpt"),
+        ([{"from": "human", "value": "Hi"}], "ends with role 'user'; the last message must be the assistant's answer"),
+        ("Hi", "is a text, needs a list of {role, content}"),
+    ],
+)
+def test_malformed_speakers_are_told(column: object, problem: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read("sharegpt", {"messages": column})
+    assert f"  line 1: 'messages' {problem}" in str(caught.value)

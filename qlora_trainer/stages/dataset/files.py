@@ -40,13 +40,15 @@ class TaskFiles:
         return [path for sources in self.sides.values() for each in sources for path in each.place.files]
 
     def notes(self) -> list[str]:
-        """Sentences about files of a folder that are no data files."""
+        """Sentences about files of a folder that are no data files, and about data sets that may change."""
+        names = {each.place.name for side in self.sides.values() for each in side if each.source.hub is not None}
+        unpinned = sorted(name for name in names if "@" not in name)
         skipped = [(each.place.name, each.place.skipped) for side in self.sides.values() for each in side]
         return [
             f"{name}: {len(files)} files are no data files and are not read: {', '.join(files[:SHOWN_PROBLEMS])}"
             for name, files in skipped
             if files
-        ]
+        ] + [f"{name}: no revision is named, so its rows may change; add @ and a commit" for name in unpinned]
 
 
 def find(data: Data, *, download: bool = True) -> TaskFiles:
