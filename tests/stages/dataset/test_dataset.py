@@ -311,6 +311,26 @@ def test_e2e_rows_are_split_by_meaning_and_encoded_for_stories260k(shared_folder
 
 
 @pytest.mark.real
+def test_wikitext_is_split_into_windows_of_which_every_token_is_trained(shared_folder: Path) -> None:
+    folder = shared_folder / "data" / "wikitext-2"
+    task = recipe(
+        {
+            "train": str(folder / "valid.txt"),
+            "validation": str(folder / "test.txt"),
+            "test": str(folder / "test.txt"),
+            "format": "text",
+            "overlong": "split",
+            "window": 256,
+        }
+    )
+    rows = load_rows(task, shared_folder / "models" / "stories260K")
+    text = (folder / "valid.txt").read_text(encoding="utf-8").strip("\r\n")
+    assert rows.train[0].completion == text
+    assert sum(row.label_count for row in rows.train) == len(rows.tokenizer.encode(text)) + 1
+    assert rows.audit.stop_token_trained_share == 1.0
+
+
+@pytest.mark.real
 def test_gsm8k_rows_are_encoded_for_stories260k(shared_folder: Path) -> None:
     task = real_recipe(
         shared_folder,
