@@ -75,6 +75,7 @@ def recipe_for(base: Path, folder: Path, **sections: dict[str, object]) -> Recip
             "train": write_rows(folder / "train.jsonl", 40),
             "validation": write_rows(folder / "validation.jsonl", 6, first=100),
             "test": write_rows(folder / "test.jsonl", 12, first=200),
+            "cache_folder": str(folder / "encoded"),
         },
         "training": {
             "learning_rate": 0.01,
@@ -367,3 +368,44 @@ def test_a_model_that_gguf_does_not_know_is_refused_before_training(llama_folder
     with pytest.raises(RecipeError, match=r"export\.formats: .*cannot be written as GGUF"):
         pipeline.run(recipe)
     assert not (tmp_path / "runs").exists()
+
+
+# Rows of other kinds, and a chat template of the recipe's.
+
+SHORT: dict[str, dict[str, object]] = {
+    "training": {"max_steps": 3},
+    "export": {"formats": ("peft_adapter", "bitsandbytes_nf4")},
+}
+
+
+def test_every_file_holds_the_chat_template_of_the_recipe(llama_folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    own = (llama_folder / "chat_template.jinja").read_text()
+    template.write_text(own.replace("{{ bos_token }}", "{{ bos_token }}Mine: "))
+    recipe = recipe_for(llama_folder, tmp_path, **SHORT, data={"chat_template": str(template)})
+    report = pipeline.run(recipe)
+    assert report is not None
+    assert all(export.verified for export in report.exports)
+    root = tmp_path / "runs" / "tiny"
+    for folder in (root / "merged", root / "exports/peft_adapter", root / "exports/bitsandbytes_nf4"):
+        assert (folder / "chat_template.jinja").read_text() == template.read_text()
+    settings = json.loads((root / "adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(llama_folder)
+    assert (llama_folder / "chat_template.jinja").read_text() == own
+    assert "Mine: " in (root / "report.md").read_text()
+
+
+def test_plain_texts_of_weighted_sources_go_the_whole_way(llama_folder: Path, tmp_path: Path) -> None:
+    for name, count in (("a", 30), ("b", 6)):
+        rows = [{"text": f"The fox {name} jumps over dog {number}."} for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "train": [{"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0} for name in "ab"],
+        "validation": str(tmp_path / "a.jsonl"),
+        "test": str(tmp_path / "b.jsonl"),
+        "format": "text",
+    }
+    report = pipeline.run(recipe_for(llama_folder, tmp_path, **SHORT, data=data, evaluation={"metrics": ()}))
+    assert report is not None
+    assert report.status == "complete"
+    assert all(export.verified for export in report.exports)

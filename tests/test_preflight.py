@@ -198,9 +198,10 @@ def test_the_example_is_a_whole_row_of_which_the_answer_is_trained(found: Prefli
     assert trained == f"call({number})</s>"
 
 
-def test_nothing_is_written(found: Preflight, here: Path) -> None:
+def test_nothing_is_written_but_the_cache_of_encoded_rows(found: Preflight, here: Path) -> None:
     assert found.plan
-    assert [path.name for path in here.iterdir()] == ["rows.jsonl"]
+    assert sorted(path.name for path in here.iterdir()) == ["rows.jsonl", "runs"]
+    assert [path.name for path in (here / "runs").iterdir()] == ["encoded_rows"]
 
 
 def test_the_predicted_peak_of_a_run_is_that_of_the_check(found: Preflight, llama_folder: Path) -> None:

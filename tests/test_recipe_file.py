@@ -341,3 +341,40 @@ def test_an_override_takes_a_setting_away_with_null(tmp_path: Path) -> None:
     )
     recipe = load(path, ["base_model.name=null", "base_model.path=here"])
     assert (recipe.base_model.name, recipe.base_model.path) == (None, "here")
+
+
+def test_the_settings_of_a_source_are_described_behind_the_first_that_takes_one() -> None:
+    data = {field.name: field for section in describe() if section.name == "data" for field in section.fields}
+    assert data["train"].kind.startswith("text or {path, hub, files, weight, format, rename} or list of text or {")
+    assert (data["train.weight"].kind, data["train.weight"].default) == ("number > 0", "absent")
+    assert "validation.weight" not in data
+
+
+# Sources of rows.
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("7", ['data.train: must be text, got 7. Put it in quotes: "7"']),
+        ("[]", ["data.train: must not be an empty list"]),
+        ("{path: a.jsonl, wieght: 2.0}", ["data.train.wieght: unknown key. Did you mean 'weight'?"]),
+        ("{path: 3}", ['data.train.path: must be text, got 3. Put it in quotes: "3"']),
+        ("{hub: owner/name}", ["data.train: 'hub' needs 'files', such as files: data/train-*.parquet"]),
+        ("{path: a.jsonl, hub: owner/name}", ["data.train: give exactly one of 'path'"]),
+        (
+            "[a.jsonl, {path: b.jsonl, format: mesages}, 7]",
+            [
+                "data.train[1].format: must be one of prompt_completion, messages, sharegpt, instruction, text, got the text "
+                "'mesages'. Did you mean 'messages'?",
+                'data.train[2]: must be text, got 7. Put it in quotes: "7"',
+            ],
+        ),
+        ("[{path: a.jsonl, weight: 1.0}, b.jsonl]", ["data: train: give a weight to every source or to none"]),
+    ],
+)
+def test_a_source_that_cannot_be_is_told_once_with_its_mend(write: Write, train: str, expected: list[str]) -> None:
+    found = problems(write(SMALLEST.replace("train: rows.jsonl", f"train: {train}")))
+    assert len(found) == len(expected)
+    for problem, text in zip(found, expected, strict=True):
+        assert text in problem

@@ -6,11 +6,10 @@ All texts of a call go through the tokenizer in one batch. It knows no files and
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from qlora_trainer.data.chat_template import RenderedChat, Span, Turns
 from qlora_trainer.data.examples import Example
-from qlora_trainer.data.sources import listed_problems
+from qlora_trainer.data.problems import Problems
 from qlora_trainer.data.tokenizer import TextTokenizer, TokenizedText
 from qlora_trainer.errors import DataError
 
@@ -18,6 +17,7 @@ IGNORE_INDEX = -100
 """Label of a token that is read but not trained; the one that ``torch.nn.functional.cross_entropy`` skips."""
 
 PROMPT_FIELD = "{prompt}"
+RENDERING = "rendering rows through the chat template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,83 +73,75 @@ def encode_text(
     return rows
 
 
+def encode_documents(examples: Sequence[Example], tokenizer: TextTokenizer) -> list[EncodedRow]:
+    """Rows of plain texts: ``[bos] text eos``, of which every token is trained but the first.
+
+    The first token is predicted from nothing. Bos stands there where the tokenizer adds it by itself.
+    """
+    bos_id = tokenizer.bos_id
+    beginning = (bos_id,) if tokenizer.adds_bos and bos_id is not None else ()
+    rows = []
+    for example, text in zip(examples, tokenizer.encode_batch([each.completion for each in examples]), strict=True):
+        token_ids = (*beginning, *text, tokenizer.eos_id)
+        rows.append(EncodedRow(token_ids, (IGNORE_INDEX, *token_ids[1:]), beginning, "", example.completion))
+    return rows
+
+
 def encode_chat(
     examples: Sequence[Example], tokenizer: TextTokenizer, *, train_turns: Turns = "all"
 ) -> list[EncodedRow]:
-    """Rows through the chat template; the assistant's turns are trained.
-
-    A conversation is encoded in two parts: what generation of the last answer is started with, and what follows. So
-    generation starts from exactly the tokens of training. Encoded as one text, a token could reach over that
-    boundary: behind ``Assistant: `` the answer ``Yes`` would be one token with the blank, which generation can never
-    write there. Where no token reaches over, both ways give the same ids.
-
-    What follows is trained from its beginning. In earlier turns a token is trained where its first character lies in
-    an assistant span. Behind the last stop token of a span nothing is trained: generation has ended there.
-
-    Args:
-        examples: what to encode.
-        tokenizer: of the base model.
-        train_turns: every assistant turn, or the last message alone; the token ids are the same.
+    """Rows through the chat template; the assistant's turns are trained. See ``CutChat`` for how.
 
     Raises:
         DataError: the chat template refuses some rows; names all of them.
         BaseModelError: there is no chat template.
     """
-    chats = _cut_chats(examples, tokenizer, train_turns)
-    beginnings = _encode_beginnings(chats, tokenizer)
-    answers = tokenizer.locate_continuations([chat.answer for chat in chats])
-    stops = tokenizer.stop_ids
-    return [
-        EncodedRow(
-            token_ids=(*beginning.token_ids, *answer.token_ids),
-            labels=(*_labels(beginning, chat.earlier_spans, stops), *_labels(answer, chat.answer_spans, stops)),
-            prompt_ids=tuple(beginning.token_ids if chat.other_start is None else tokenizer.encode(chat.other_start)),
-            prompt=example.prompt,
-            completion=example.completion,
-        )
-        for example, chat, beginning, answer in zip(examples, chats, beginnings, answers, strict=True)
-    ]
+    problems = Problems()
+    chats = cut_chats(examples, tokenizer, train_turns, problems)
+    problems.refuse(RENDERING)
+    return encode_cut_chats([(example, chat) for example, chat in zip(examples, chats, strict=True) if chat], tokenizer)
 
 
-def fit_window(
-    rows: Sequence[EncodedRow],
-    *,
-    window: int,
-    overlong: Literal["drop", "truncate_prompt", "refuse"],
-    bos_id: int | None,
-    places: Sequence[str],
-) -> list[EncodedRow | None]:
-    """The rows, none longer than the window; None stands where a row was dropped.
+def encode_cut_chats(chats: Sequence[tuple[Example, "CutChat"]], tokenizer: TextTokenizer) -> list[EncodedRow]:
+    """Rows of rendered conversations.
 
-    ``truncate_prompt`` takes tokens away from the beginning of a row (behind bos), but never the whole prompt: a row
-    whose completion alone fills the window is dropped.
-
-    Args:
-        rows: encoded rows.
-        window: longest row in tokens.
-        overlong: what to do with longer ones.
-        bos_id: a leading token that stays where it is.
-        places: file and line of each row, for messages.
-
-    Raises:
-        DataError: ``refuse``, and some rows are longer; names all of them with their lengths.
+    What follows the cut is trained from its beginning. In earlier turns a token is trained where its first character
+    lies in an assistant span. Behind the last stop token of a span nothing is trained: generation has ended there.
     """
-    if overlong == "refuse":
-        problems = [
-            f"{place}: {len(row.token_ids)} tokens, the window is {window}"
-            for row, place in zip(rows, places, strict=True)
-            if len(row.token_ids) > window
-        ]
-        if problems:
-            raise DataError(listed_problems("data.overlong: refuse", problems))
-    if overlong == "truncate_prompt":
-        return [row if len(row.token_ids) <= window else _cut_row(row, window, bos_id) for row in rows]
-    return [row if len(row.token_ids) <= window else None for row in rows]
+    beginnings = _encode_beginnings([chat for _, chat in chats], tokenizer)
+    answers = tokenizer.locate_continuations([chat.answer for _, chat in chats])
+    stops = tokenizer.stop_ids
+    rows = []
+    for (example, chat), beginning, answer in zip(chats, beginnings, answers, strict=True):
+        answer_labels = _labels(answer, chat.answer_spans, stops)
+        rows.append(
+            EncodedRow(
+                token_ids=(*beginning.token_ids, *answer.token_ids),
+                labels=(*_labels(beginning, chat.earlier_spans, stops), *answer_labels),
+                prompt_ids=tuple(
+                    beginning.token_ids if chat.other_start is None else tokenizer.encode(chat.other_start)
+                ),
+                prompt=example.prompt,
+                completion=_reference(example, answer_labels, tokenizer),
+            )
+        )
+    return rows
+
+
+def _reference(example: Example, labels: Sequence[int], tokenizer: TextTokenizer) -> str:
+    """What a generated answer is compared with: the answer's words, or where it calls tools what the template wrote."""
+    if not example.messages[-1].get("tool_calls"):
+        return example.completion
+    return tokenizer.decode([label for label in labels if label != IGNORE_INDEX], skip_special=True).strip()
 
 
 @dataclass(frozen=True, slots=True)
-class _CutChat:
+class CutChat:
     """A rendered conversation, cut where generation of the last answer starts.
+
+    It is encoded in two parts, so that generation starts from exactly the tokens of training. Encoded as one text, a
+    token could reach over that boundary: behind ``Assistant: `` the answer ``Yes`` would be one token with the blank,
+    which generation can never write there. Where no token reaches over, both ways give the same ids.
 
     Attributes:
         beginning: what stands before the last answer.
@@ -157,6 +149,7 @@ class _CutChat:
         earlier_spans: characters of ``beginning`` to train.
         answer_spans: characters of ``answer`` to train.
         other_start: what the template really starts generation with, where that is not ``beginning``.
+        rewritten: trained turns that the template renders otherwise once later ones follow.
     """
 
     beginning: str
@@ -164,40 +157,54 @@ class _CutChat:
     earlier_spans: tuple[Span, ...]
     answer_spans: tuple[Span, ...]
     other_start: str | None
+    rewritten: int
 
 
-def _cut_chats(examples: Sequence[Example], tokenizer: TextTokenizer, turns: Turns) -> list[_CutChat]:
-    chats, problems = [], []
+def cut_chats(
+    examples: Sequence[Example], tokenizer: TextTokenizer, turns: Turns, problems: Problems
+) -> list[CutChat | None]:
+    """Each conversation through the chat template; None, and one of ``problems`` more, where the template refuses it.
+
+    Raises:
+        BaseModelError: there is no chat template.
+    """
+    chats: list[CutChat | None] = []
     for example in examples:
         try:
-            chat = tokenizer.render_chat(example.messages, add_generation_prompt=False, turns=turns)
-            start = tokenizer.render_chat(example.messages[:-1], add_generation_prompt=True, turns=turns).text
+            chat = tokenizer.render_chat(
+                example.messages,
+                add_generation_prompt=False,
+                tools=example.tools,
+                turns=turns,
+                untrained=example.untrained,
+            )
+            start = tokenizer.render_prompt(example.messages[:-1], tools=example.tools)
         except DataError as error:
-            problems.append(f"{example.place}: {error}")
+            problems.add(f"{example.place}: {error}")
+            chats.append(None)
         else:
             chats.append(_cut_chat(chat, start))
-    if problems:
-        raise DataError(listed_problems("rendering rows through the chat template", problems))
     return chats
 
 
-def _cut_chat(chat: RenderedChat, start: str) -> _CutChat:
+def _cut_chat(chat: RenderedChat, start: str) -> CutChat:
     spans = chat.assistant_spans
     begin, end = spans[-1] if spans else (0, 0)
     # A template may write into the conversation what it leaves out of the generation prompt, or the reverse.
     starts_so = chat.text.startswith(start)
     cut = len(start) if starts_so else begin
     has_answer = end > max(begin, cut)
-    return _CutChat(
+    return CutChat(
         beginning=chat.text[:cut],
         answer=chat.text[cut:],
         earlier_spans=spans[:-1] if has_answer else spans,
         answer_spans=((0, end - cut),) if has_answer else (),
         other_start=None if starts_so else start,
+        rewritten=chat.rewritten,
     )
 
 
-def _encode_beginnings(chats: Sequence[_CutChat], tokenizer: TextTokenizer) -> list[TokenizedText]:
+def _encode_beginnings(chats: Sequence[CutChat], tokenizer: TextTokenizer) -> list[TokenizedText]:
     """What stands before the last answers; tokens are located only where earlier answers are trained too."""
     texts = [chat.beginning for chat in chats]
     if any(chat.earlier_spans for chat in chats):
@@ -215,17 +222,3 @@ def _labels(text: TokenizedText, spans: Sequence[Span], stop_ids: Collection[int
         end = next((position + 1 for position in range(end - 1, begin - 1, -1) if ids[position] in stop_ids), end)
         labels[begin:end] = ids[begin:end]
     return labels
-
-
-def _cut_row(row: EncodedRow, window: int, bos_id: int | None) -> EncodedRow | None:
-    excess = len(row.token_ids) - window
-    kept = 1 if row.token_ids[0] == bos_id else 0
-    if kept + excess >= len(row.prompt_ids):
-        return None
-    return EncodedRow(
-        token_ids=row.token_ids[:kept] + row.token_ids[kept + excess :],
-        labels=row.labels[:kept] + row.labels[kept + excess :],
-        prompt_ids=row.prompt_ids[:kept] + row.prompt_ids[kept + excess :],
-        prompt=row.prompt,
-        completion=row.completion,
-    )

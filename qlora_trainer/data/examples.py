@@ -1,20 +1,47 @@
-"""Rows of columns to examples: what the user says and what the assistant is to answer.
+"""Rows of columns to examples: what the user says and what the assistant is to answer, or a plain text.
 
-It knows which columns a task needs and refuses rows that do not have them, all of a file at once. It knows
+It knows which columns a kind of row needs and refuses rows that do not have them, all of a file at once. It knows
 nothing of tokens.
 """
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Literal
 
 from qlora_trainer.data.chat_template import Message
-from qlora_trainer.data.sources import Row, SourceFile, json_kind, listed_problems
+from qlora_trainer.data.conversations import (
+    Conversation,
+    conversation_problem,
+    read_conversation,
+    renamed_speakers,
+    sharegpt_problem,
+    text_problem,
+    tools_problem,
+)
+from qlora_trainer.data.problems import SHOWN_PROBLEMS, Problems, json_kind, listed_problems
+from qlora_trainer.data.sources import Reading, Row, SourceFile
 from qlora_trainer.errors import DataError
 
 Check = Callable[[object], str]
+Format = Literal["prompt_completion", "messages", "sharegpt", "instruction", "text"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that a row is made of; each format reads its own."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    tools: str = "tools"
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    text: str = "text"
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,129 +49,217 @@ class Example:
     """One task row.
 
     Attributes:
-        messages: the conversation; the last message is the assistant's.
+        messages: the conversation; the last message is the assistant's. Of a plain text, one message that holds it.
         place: file and line, for messages to the reader.
         group: value of the column that splits must not cut through; None where no column was named.
+        tools: definitions that the chat template gets; None where there are none.
+        untrained: numbers of the assistant's messages, from 0, that the row says are not to be trained.
+        is_text: whether this is a plain text.
+        has_parsed_arguments: whether arguments of a tool call were a JSON text and were read as an object.
     """
 
     messages: tuple[Message, ...]
     place: str
     group: str | None = None
+    tools: tuple[object, ...] | None = None
+    untrained: frozenset[int] = frozenset()
+    is_text: bool = False
+    has_parsed_arguments: bool = False
 
     @property
     def prompt(self) -> str:
         """The last thing that was said before the answer; empty where nothing was."""
-        return str(self.messages[-2]["content"]) if len(self.messages) > 1 else ""
+        return str(self.messages[-2].get("content") or "") if len(self.messages) > 1 else ""
 
     @property
     def completion(self) -> str:
-        """The answer: the last message."""
-        return str(self.messages[-1]["content"])
+        """The words of the answer: the last message's, without its tool calls."""
+        return str(self.messages[-1].get("content") or "")
 
     @cached_property
     def content(self) -> str:
         """Roles and texts as one string; equal for equal conversations."""
-        return "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in self.messages)
+        words = "\x1e".join(f"{message['role']}\x1f{message.get('content') or ''}" for message in self.messages)
+        others = [{key: message[key] for key in message.keys() - {"role", "content"}} for message in self.messages]
+        if not any(others) and self.tools is None:
+            return words
+        return words + "\x1e" + json.dumps([others, self.tools], sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a row becomes a conversation.
+
+    Attributes:
+        needed: a check for each column that every row must have; it gives what is wrong with a value.
+        optional: the same for columns that rows may lack or leave null.
+        make: the conversation of a row that passed its checks.
+        is_text: whether the one message is a plain text.
+    """
+
+    needed: Mapping[str, Check]
+    make: Callable[[Mapping[str, object]], Conversation]
+    optional: Mapping[str, Check] = field(default_factory=dict)
+    is_text: bool = False
+
+
+def row_format(name: Format, columns: Columns) -> RowFormat:
+    """The format with this name, on these columns."""
+    match name:
+        case "prompt_completion":
+            pair = partial(_pair, prompt=columns.prompt, completion=columns.completion)
+            return RowFormat({columns.prompt: text_problem, columns.completion: text_problem}, pair)
+        case "instruction":
+            return RowFormat(
+                {columns.instruction: text_problem, columns.output: text_problem},
+                partial(_instruction, columns=columns),
+                optional={columns.input: text_problem},
+            )
+        case "messages":
+            return RowFormat(
+                {columns.messages: conversation_problem},
+                lambda row: read_conversation(row[columns.messages], row.get(columns.tools)),
+                optional={columns.tools: tools_problem},
+            )
+        case "sharegpt":
+            return RowFormat(
+                {columns.messages: sharegpt_problem},
+                lambda row: read_conversation(renamed_speakers(row[columns.messages]), row.get(columns.tools)),
+                optional={columns.tools: tools_problem},
+            )
+        case "text":
+            return RowFormat({columns.text: _document_problem}, partial(_document, text=columns.text), is_text=True)
+
+
+class ExampleReading:
+    """One pass over a file; iterating gives an example for each row."""
+
+    def __init__(
+        self, reading: Reading, form: RowFormat, *, group: str | None, rename: Mapping[str, str] | None = None
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            reading: of the file.
+            form: what its rows are.
+            group: column that splits must not cut through.
+            rename: the file's columns by the names that ``form`` has for them.
+        """
+        self.reading, self.form, self.group, self.rename = reading, form, group, dict(rename or {})
+        self._taken = {*self.rename, *self.rename.values()}
+
+    def __iter__(self) -> Iterator[Example]:
+        """The examples of sound rows, in the file's order.
+
+        Raises:
+            DataError: as ``Reading``; or, behind the last row, some rows lack a column or hold something else than the
+                format needs.
+        """
+        form, group = self.form, self.group
+        needed = {**({} if group is None else {group: _group_problem}), **form.needed}
+        there: dict[str, None] = {}
+        problems = Problems()
+        for row in self.reading:
+            columns = self._renamed(row)
+            there.update(dict.fromkeys(columns))
+            found = list(_problems(columns, needed, form.optional))
+            for problem in found:
+                problems.add(f"{self.reading.in_words(row)}: {problem}")
+            if not found:
+                yield self._example(row, columns)
+        self._require_columns([*needed, *self.rename.values()], there)
+        problems.refuse(self.reading.path)
+
+    def _renamed(self, row: Row) -> Mapping[str, object]:
+        if not self.rename:
+            return row.columns
+        # A column that already has a new name gives way.
+        kept = {name: value for name, value in row.columns.items() if name not in self._taken}
+        return kept | {new: row.columns[old] for old, new in self.rename.items() if old in row.columns}
+
+    def _example(self, row: Row, columns: Mapping[str, object]) -> Example:
+        made = self.form.make(columns)
+        return Example(
+            messages=made.messages,
+            place=self.reading.where(row),
+            group=None if self.group is None else json.dumps(columns[self.group], default=str),
+            tools=made.tools,
+            untrained=made.untrained,
+            is_text=self.form.is_text,
+            has_parsed_arguments=made.has_parsed_arguments,
+        )
+
+    def _require_columns(self, columns: Iterable[str], there: Mapping[str, None]) -> None:
+        """Refuses a file in which a column stands in no row at all: the recipe's name for it is wrong."""
+        back = {new: old for old, new in self.rename.items()}
+        problems = []
+        for column in dict.fromkeys(columns):
+            if column not in there:
+                wanted = back.get(column, column)
+                close = difflib.get_close_matches(wanted, there, n=1, cutoff=0.5)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                listed = ", ".join([*there][: 3 * SHOWN_PROBLEMS])
+                problems.append(f"no row has a column {wanted!r}; the columns are {listed}.{hint}")
+        if problems:
+            raise DataError(listed_problems(self.reading.path, problems))
 
 
 def prompt_completion_examples(
     file: SourceFile, *, prompt_column: str, completion_column: str, group_column: str | None
 ) -> list[Example]:
-    """One user message and one assistant message per row.
+    """One user message and one assistant message for each row of a file that is in memory.
 
     Raises:
         DataError: a column is missing, or holds something other than text.
     """
-
-    def messages(row: Row) -> tuple[Message, ...]:
-        return (
-            {"role": "user", "content": row.columns[prompt_column]},
-            {"role": "assistant", "content": row.columns[completion_column]},
-        )
-
-    checks = {prompt_column: _text_problem, completion_column: _text_problem}
-    return _examples(file, messages, checks=checks, group_column=group_column)
+    columns = Columns(prompt=prompt_column, completion=completion_column)
+    return list(ExampleReading(_InMemory(file), row_format("prompt_completion", columns), group=group_column))
 
 
-def conversation_examples(file: SourceFile, *, messages_column: str, group_column: str | None) -> list[Example]:
-    """The conversation of each row: a list of ``{role, content}``, ending with the assistant's answer.
+class _InMemory(Reading):
+    """A file that was read already."""
 
-    Other keys of a message are handed to the chat template as they are.
+    def __init__(self, file: SourceFile) -> None:
+        super().__init__(file.path)
+        self._held = file.rows
 
-    Raises:
-        DataError: the column is missing, or holds something other than such a list.
-    """
-
-    def messages(row: Row) -> tuple[Message, ...]:
-        column = row.columns[messages_column]
-        return tuple(column) if isinstance(column, list) else ()
-
-    checks = {messages_column: _conversation_problem}
-    return _examples(file, messages, checks=checks, group_column=group_column)
+    def _rows(self) -> Iterator[Row]:
+        return iter(self._held)
 
 
-def _examples(
-    file: SourceFile,
-    messages: Callable[[Row], tuple[Message, ...]],
-    *,
-    checks: Mapping[str, Check],
-    group_column: str | None,
-) -> list[Example]:
-    if group_column is not None:
-        checks = {group_column: _group_problem, **checks}
-    _require_columns(file, list(checks))
-    problems = [
-        f"line {row.line}: {column!r} {problem}"
-        for row in file.rows
-        for column, check in checks.items()
-        if (problem := check(row.columns[column]) if column in row.columns else "is missing")
-    ]
-    if problems:
-        raise DataError(listed_problems(file.path, problems))
-    groups = (None if group_column is None else json.dumps(row.columns[group_column]) for row in file.rows)
-    return [
-        Example(messages(row), f"{file.path}:{row.line}", group) for row, group in zip(file.rows, groups, strict=True)
-    ]
+def _problems(
+    columns: Mapping[str, object], needed: Mapping[str, Check], optional: Mapping[str, Check]
+) -> Iterator[str]:
+    for column, check in needed.items():
+        problem = check(columns[column]) if column in columns else "is missing"
+        if problem:
+            yield f"{column!r} {problem}"
+    for column, check in optional.items():
+        value = columns.get(column)
+        problem = "" if value is None else check(value)
+        if problem:
+            yield f"{column!r} {problem}"
 
 
-def _require_columns(file: SourceFile, columns: list[str]) -> None:
-    """Refuses a file in which a column stands in no row at all: the recipe's name for it is wrong."""
-    there = list(dict.fromkeys(name for row in file.rows for name in row.columns))
-    problems = []
-    for column in columns:
-        if column not in there:
-            close = difflib.get_close_matches(column, there, n=1, cutoff=0.5)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            problems.append(f"no row has a column {column!r}; the columns are {', '.join(there)}.{hint}")
-    if problems:
-        raise DataError(listed_problems(file.path, problems))
+def _pair(row: Mapping[str, object], *, prompt: str, completion: str) -> Conversation:
+    return Conversation(({"role": "user", "content": row[prompt]}, {"role": "assistant", "content": row[completion]}))
 
 
-def _text_problem(value: object) -> str:
-    """What is wrong with a value that should be a text; empty where nothing is."""
-    if not isinstance(value, str):
-        return f"is {json_kind(value)}, needs a text"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(value[error.start]):04x}"
-        return f"holds {code}, one half of a character (a surrogate); write the character itself"
-    return ""
+def _instruction(row: Mapping[str, object], *, columns: Columns) -> Conversation:
+    """An empty input is no input, as in Alpaca's own data."""
+    given = row.get(columns.input)
+    asked = f"{row[columns.instruction]}\n\n{given}" if given else row[columns.instruction]
+    return Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": row[columns.output]}))
+
+
+def _document(row: Mapping[str, object], *, text: str) -> Conversation:
+    return Conversation(({"role": "text", "content": row[text]},))
+
+
+def _document_problem(value: object) -> str:
+    problem = text_problem(value)
+    return "is an empty text; remove the row" if not problem and not str(value).strip() else problem
 
 
 def _group_problem(value: object) -> str:
     return f"is {json_kind(value)}, needs a text or a number to split by" if isinstance(value, list | dict) else ""
-
-
-def _conversation_problem(value: object) -> str:
-    if not isinstance(value, list) or not value:
-        return f"is {'an empty list' if value == [] else json_kind(value)}, needs a list of {{role, content}}"
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict):
-            return f"message {number} is {json_kind(message)}, needs an object with role and content"
-        for key in ("role", "content"):
-            problem = _text_problem(message[key]) if key in message else "is missing"
-            if problem:
-                return f"message {number}: {key!r} {problem}"
-    last = value[-1]["role"]
-    return "" if last == "assistant" else f"ends with role {last!r}; the last message must be the assistant's answer"

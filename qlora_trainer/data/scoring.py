@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
-from qlora_trainer.data.sources import listed_problems
+from qlora_trainer.data.problems import listed_problems
 from qlora_trainer.errors import DataError, MissingPackageError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ files override each other are those of transformers 5.23. It knows no rows and n
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -17,6 +17,16 @@ from qlora_trainer.data.chat_template import ChatTemplate, Message, RenderedChat
 from qlora_trainer.errors import BaseModelError
 
 Settings = Mapping[str, object]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+"""Every file that ``TextTokenizer.load`` reads."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,12 @@ class TextTokenizer:
     _backend: Tokenizer = field(repr=False)
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, *, chat_template: str | None = None) -> Self:
         """The tokenizer of the model in ``folder``.
+
+        Args:
+            folder: in Hugging Face layout.
+            chat_template: Jinja text to use in place of the model's own.
 
         Raises:
             BaseModelError: tokenizer.json is missing or broken; there is no eos token; or a special token is not
@@ -63,7 +77,11 @@ class TextTokenizer:
             eos_id=eos_id,
             adds_bos=_adds_bos(backend, special_tokens.get("bos_token")),
             stop_ids=_stop_ids(folder) or (eos_id,),
-            chat_template=_chat_template(folder, settings, special_tokens),
+            chat_template=(
+                _chat_template(folder, settings, special_tokens)
+                if chat_template is None
+                else ChatTemplate(chat_template, special_tokens)
+            ),
             _backend=backend,
         )
 
@@ -152,8 +170,20 @@ class TextTokenizer:
         """
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
+    @property
+    def control_texts(self) -> tuple[str, ...]:
+        """Texts of the tokens that steer a model rather than say something, such as ``<|im_end|>``."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
     def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, turns: Turns = "all"
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[object] | None = None,
+        turns: Turns = "all",
+        untrained: Collection[int] = (),
     ) -> RenderedChat:
         """The messages through the chat template; see ``ChatTemplate.render``.
 
@@ -161,12 +191,27 @@ class TextTokenizer:
             BaseModelError: the base model has no chat template.
             DataError: the template refuses the messages, or the assistant's characters cannot be told apart.
         """
+        return self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, turns=turns, untrained=untrained
+        )
+
+    def render_prompt(self, messages: Sequence[Message], *, tools: Sequence[object] | None = None) -> str:
+        """What generation of an answer to the messages is started with; see ``ChatTemplate.prompt``.
+
+        Raises:
+            BaseModelError: the base model has no chat template.
+            DataError: the template refuses the messages.
+        """
+        return self._template.prompt(messages, tools=tools)
+
+    @property
+    def _template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise BaseModelError(
                 "the base model has no chat template (no chat_template.jinja, and no chat_template in "
                 "tokenizer_config.json). Set data.render: text with a text_template, or add a template"
             )
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, turns=turns)
+        return self.chat_template
 
 
 def _read_json(path: Path) -> dict[str, object]:

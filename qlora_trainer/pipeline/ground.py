@@ -33,7 +33,8 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool) -> Ground:
     Raises:
         TrainerError: the base, the data or the recipe cannot be used.
     """
-    base = base_model.resolve(recipe.base_model, trust_remote_code=trust_remote_code)
+    found = base_model.resolve(recipe.base_model, trust_remote_code=trust_remote_code)
+    base = dataset.with_chat_template(found, recipe.data)
     rows = dataset.load_rows(recipe, base.folder)
     layers = adapt.choose_layers(base, recipe.lora, trust_remote_code=trust_remote_code)
     export.require_writable(recipe, base.folder, layers)

@@ -276,7 +276,7 @@ class Journey:
             seconds=self.ledger.seconds,
             rows=report.RowsInBrief(
                 notes=rows.notes,
-                audit=dataset.audit_lines(rows.audit),
+                audit=dataset.audit_lines(rows),
                 example=tuple(dataset.render_example(rows.tokenizer, rows.train[0])),
             ),
         )
@@ -376,7 +376,7 @@ class Journey:
     def training_inputs(self, key: str, quantized: QuantizedModel) -> TrainingInputs:
         """What training works on."""
         rows = self.ground.rows
-        original = self.recipe.base_model.name or str(self.ground.base.folder)
+        original = self.recipe.base_model.name or f"{self.recipe.base_model.path}"
         # PiSSA takes the principal part out of the base before quantizing: the adapter belongs on what was left.
         base_name = str(quantized.folder) if self.recipe.lora.init == "pissa" else original
         return TrainingInputs(

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from qlora_trainer.data.scoring import require_packages
-from qlora_trainer.data.sources import read_rows
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.export_formats import FACTS
 from qlora_trainer.preflight.exports import layer_findings, package_findings, row_problems
@@ -19,7 +17,7 @@ from qlora_trainer.preflight.prediction import (
     training_load,
 )
 from qlora_trainer.preflight.room import GPU_PLACE, Budget, free_memory
-from qlora_trainer.recipe import SHAPING_SECTIONS, Data, Recipe
+from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.runtime.memory import available_bytes, free_disk_bytes
 from qlora_trainer.runtime.run_folder import RunFolder
@@ -53,7 +51,10 @@ class Preflight:
 
 
 def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
-    """Looks at everything that a run of the recipe would read and write; writes and downloads nothing."""
+    """Looks at everything that a run of the recipe would read and write; downloads nothing.
+
+    Nothing is written but the cache of encoded rows, which the run reads then.
+    """
     found = _Findings()
     rows = None
     base = found.attempt(lambda: base_model.resolve_local(recipe.base_model, trust_remote_code=trust_remote_code))
@@ -62,12 +63,17 @@ def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
             f"{recipe.base_model.name} is on the hub and `check` downloads nothing. Fetch it with `hf download "
             f"{recipe.base_model.name}{_revision(recipe)}` and check again to see memory, plan and an example"
         )
-    if base is not None:
+    absent = found.attempt(lambda: dataset.absent_sources(recipe.data)) or ()
+    for name in absent:
+        found.notes.append(
+            f"{name} is on the hub and `check` downloads nothing: its rows are not looked at. A run gets them"
+        )
+    if base is not None and not absent:
         folder = base.folder
-        rows = found.attempt(lambda: dataset.load_rows(recipe, folder))
+        rows = found.attempt(lambda: dataset.load_rows(recipe, folder, download=False))
         found.attempt(lambda: _require_gguf(recipe, folder))
-    else:
-        _try_data_files(recipe.data, found)
+    elif base is None:
+        found.problems += dataset.file_problems(recipe.data)
     found.attempt(lambda: require_packages(recipe.evaluation.metrics))
     found.add(package_findings(recipe))
     folder_of_run = RunFolder(Path(recipe.run.folder) / recipe.run.name)
@@ -112,13 +118,6 @@ def _require_gguf(recipe: Recipe, base: Path) -> None:
         require_gguf(base)
 
 
-def _try_data_files(data: Data, found: _Findings) -> None:
-    """Without a tokenizer rows cannot be encoded, but their files can be looked at."""
-    for path in (data.train, data.validation, data.test):
-        if path is not None:
-            found.attempt(partial(read_rows, Path(path)))
-
-
 def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, found: _Findings) -> Preflight:
     """The record of a run whose base and rows can be read."""
     shape = model_shape(base)
@@ -147,7 +146,7 @@ def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, found: _Finding
         memory=memory,
         disk=disk,
         plan=plan(recipe, base, rows, shape),
-        audit=dataset.audit_lines(rows.audit),
+        audit=dataset.audit_lines(rows),
         example=tuple(dataset.render_example(rows.tokenizer, rows.train[0])),
         notes=(*rows.notes, *found.notes),
         problems=tuple(found.problems),

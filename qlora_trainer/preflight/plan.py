@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_trainer.data.store import row_label_counts, row_lengths
 from qlora_trainer.numerics.footprint import adapter_tensor_sizes
 from qlora_trainer.numerics.model_shape import ModelShape
 from qlora_trainer.preflight.exports import planned_export, planned_merge
@@ -52,8 +53,8 @@ def _training(recipe: Recipe, rows: TaskRows, shape: ModelShape | None) -> str:
     training = recipe.training
     steps = training.steps(len(rows.train))
     epochs = steps * training.batch_size / len(rows.train)
-    tokens = sum(len(row.token_ids) for row in rows.train)
-    labels = sum(row.label_count for row in rows.train)
+    tokens = sum(row_lengths(rows.train))
+    labels = sum(row_label_counts(rows.train))
     parts = [
         f"{steps:,} steps of {training.batch_size} rows "
         f"({training.micro_batch_size} x {training.gradient_accumulation_steps}), "

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
+from qlora_trainer.data.encode import EncodedRow
+from qlora_trainer.data.store import row_first_labels, row_lengths
 from qlora_trainer.export_formats import FACTS, merge_bases
 from qlora_trainer.numerics.footprint import (
     CPU_ALLOCATOR_SHARE,
@@ -140,6 +141,5 @@ def _widest(rows: Sequence[EncodedRow]) -> tuple[int, int]:
     Logits are taken at every position that predicts a label in some row of the batch; the bound is a batch that
     holds the longest row and the one whose labels begin first.
     """
-    longest = max(len(row.token_ids) for row in rows)
-    first = min(next(place for place, label in enumerate(row.labels) if label != IGNORE_INDEX) for row in rows)
+    longest, first = max(row_lengths(rows)), min(row_first_labels(rows))
     return longest, longest - max(first, 1)

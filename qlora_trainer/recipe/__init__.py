@@ -4,10 +4,11 @@ Reading YAML and wording its problems is ``recipe_file``'s work. Validators here
 fill in or change. Paths are relative to the folder in which the command is given.
 """
 
+from qlora_trainer.recipe.data import Data, RowFormat, Source, Sources, sources_of
 from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
 from qlora_trainer.recipe.section import FloatType, Section
-from qlora_trainer.recipe.task import Data, EvaluationPlan, Metric, Training
+from qlora_trainer.recipe.task import EvaluationPlan, Metric, Training
 from qlora_trainer.recipe.whole import SHAPING_SECTIONS, Expected, Recipe, Run, Tracking
 
 __all__ = [
@@ -28,8 +29,12 @@ __all__ = [
     "Quantization",
     "Recipe",
     "Rounding",
+    "RowFormat",
     "Run",
     "Section",
+    "Source",
+    "Sources",
     "Tracking",
     "Training",
+    "sources_of",
 ]

@@ -1,4 +1,4 @@
-"""The task: its rows, the training on them, and what every stage is measured by."""
+"""The task: the training on its rows, and what every stage is measured by."""
 
 from typing import Annotated, Literal, Self
 
@@ -7,77 +7,6 @@ from pydantic import Field, model_validator
 from qlora_trainer.recipe.section import Count, PositiveInt, Section, Share
 
 Metric = Literal["exact_match", "slot_f1", "token_f1", "rouge_l", "bleu"]
-
-
-class Data(Section):
-    """Task rows and how they become token ids and labels."""
-
-    train: str
-    """Training rows: a .jsonl or .csv file."""
-    validation: str | None = None
-    """Rows for periodic validation. Absent = ``validation_rows`` are held out of ``train``."""
-    test: str | None = None
-    """Rows that choose nothing; every reported figure comes from them. Absent = ``test_rows`` are held out of
-    ``train``."""
-    validation_rows: PositiveInt | None = None
-    """Rows to hold out of ``train`` where there is no ``validation`` file; with one, use at most so many of its
-    rows."""
-    test_rows: PositiveInt | None = None
-    """Rows to hold out of ``train`` where there is no ``test`` file; with one, use at most so many of its rows."""
-    train_rows: PositiveInt | None = None
-    """Use at most so many training rows."""
-    split_by: str | None = None
-    """A column; rows with the same value never stand on two sides of a split, and overlap between files is dropped
-    from ``train``."""
-    format: Literal["prompt_completion", "messages"] = "prompt_completion"
-    """``prompt_completion``: two text columns. ``messages``: a list of {role, content}; ``train_turns`` says which
-    assistant turns are trained."""
-    prompt_column: str = "prompt"
-    """Column of the prompt (``prompt_completion``)."""
-    completion_column: str = "completion"
-    """Column of the completion (``prompt_completion``)."""
-    messages_column: str = "messages"
-    """Column of the messages (``messages``)."""
-    train_turns: Literal["all", "last"] = "all"
-    """Assistant turns of a conversation that are trained: each, or the last alone."""
-    render: Literal["chat", "text"] = "chat"
-    """``chat``: through the tokenizer's chat template. ``text``: through ``text_template``, for models without a
-    chat template."""
-    text_template: str = "{prompt}\n"
-    """What stands before the completion when ``render: text``; must hold ``{prompt}``."""
-    stop_token: str | None = None
-    """Token that ends a completion when ``render: text``; absent = the tokenizer's eos token. Must be one that
-    generation stops at."""
-    accept_untrained_stop: bool = False
-    """Train with ``render: chat`` even where no row trains a token that generation stops at. The tuned model does not
-    learn to end an answer; without this field such rows are refused."""
-    window: PositiveInt = 512
-    """Longest row in tokens."""
-    overlong: Literal["drop", "truncate_prompt", "refuse"] = "drop"
-    """Rows longer than the window: dropped and counted, cut at the prompt's beginning and counted, or refused."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.render == "text" and self.format == "messages":
-            raise ValueError("render: text reads prompt and completion; use render: chat with format: messages")
-        if "{prompt}" not in self.text_template:
-            raise ValueError(f"text_template must hold {{prompt}}, got {self.text_template!r}")
-        if self.stop_token is not None and self.render == "chat":
-            raise ValueError(
-                "stop_token is for render: text; with render: chat the chat template writes the stop token"
-            )
-        if self.accept_untrained_stop and self.render == "text":
-            raise ValueError(
-                "accept_untrained_stop is for render: chat; with render: text every row trains stop_token. "
-                "Remove accept_untrained_stop"
-            )
-        for split, path, count in (
-            ("validation", self.validation, self.validation_rows),
-            ("test", self.test, self.test_rows),
-        ):
-            if path is None and count is None:
-                raise ValueError(f"give {split} (a file) or {split}_rows (rows to hold out of train)")
-        return self
 
 
 class Training(Section):

@@ -4,10 +4,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from qlora_trainer.recipe.data import Data
 from qlora_trainer.recipe.files import Calibration, Export, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, Lora, Quantization
 from qlora_trainer.recipe.section import Count, PositiveInt, Section
-from qlora_trainer.recipe.task import Data, EvaluationPlan, Training
+from qlora_trainer.recipe.task import EvaluationPlan, Training
 
 SHAPING_SECTIONS = ("run.seed", "base_model", "quantization", "lora", "data", "training")
 """What makes the trained adapter what it is; a run's folder belongs to one choice of these sections and settings."""
@@ -83,4 +84,9 @@ class Recipe(Section):
             )
         if self.lora.init == "loftq" and self.quantization.data_type == "int8":
             raise ValueError("lora.init: loftq repairs 4-bit bases; use quantization.data_type: nf4 or fp4")
+        if self.evaluation.metrics and self.data.row_formats == {"text"}:
+            raise ValueError(
+                "evaluation.metrics compare an answer with a reference, and rows of data.format: text have neither. "
+                "Remove evaluation.metrics; nats per token are measured all the same"
+            )
         return self

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -67,15 +67,28 @@ def sections() -> dict[str, type[Section]]:
 def setting(path: Path) -> FieldInfo | None:
     """The field that ``path`` leads to or into; None where there is none."""
     section = sections().get(str(path[0])) if len(path) > 1 else None
-    return None if section is None else section.model_fields.get(str(path[1]))
+    found = None if section is None else section.model_fields.get(str(path[1]))
+    inner = None if found is None else _section_in(found.annotation)
+    rest = [part for part in path[2:] if isinstance(part, str)]
+    return found if inner is None or not rest else inner.model_fields.get(rest[0])
 
 
 def known_keys(path: Path) -> tuple[str, ...]:
-    """Keys that can stand under ``path``: the sections, or the settings of one section; none deeper down."""
+    """Keys that can stand under ``path``: the sections, or the settings of one section or of a mapping in a list."""
     if not path:
         return tuple(Recipe.model_fields)
     section = sections().get(str(path[0])) if len(path) == 1 else None
+    if len(path) > 1:
+        info = setting(path)
+        section = None if info is None else _section_in(info.annotation)
     return () if section is None else tuple(section.model_fields)
+
+
+def _section_in(annotation: object) -> type[Section] | None:
+    """The model of the mappings that a list of this type can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner)) is not None), None)
 
 
 def choices(annotation: object) -> tuple[str, ...]:
@@ -91,16 +104,17 @@ def plain(docstring: str | None) -> str:
 
 
 def _field_texts(section: type[Section]) -> tuple[FieldText, ...]:
-    properties = section.model_json_schema()["properties"]
-    return tuple(
-        FieldText(
-            name=name,
-            kind=_kind(properties[name]),
-            default=None if info.is_required() else _default(info.default),
-            meaning=plain(info.description),
-        )
-        for name, info in section.model_fields.items()
-    )
+    schema = section.model_json_schema()
+    properties, definitions = schema["properties"], schema.get("$defs", {})
+    texts, described = [], set[type[Section]]()
+    for name, info in section.model_fields.items():
+        default = None if info.is_required() else _default(info.default)
+        texts.append(FieldText(name, _kind(properties[name], definitions), default, plain(info.description)))
+        inner = _section_in(info.annotation)
+        if inner is not None and inner not in described:
+            described.add(inner)
+            texts += [replace(text, name=f"{name}.{text.name}") for text in _field_texts(inner)]
+    return tuple(texts)
 
 
 def _default(value: object) -> str:
@@ -109,11 +123,11 @@ def _default(value: object) -> str:
     return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
-def _kind(schema: Mapping[str, object]) -> str:
-    """One property of a JSON schema in words."""
+def _kind(schema: Mapping[str, object], definitions: Mapping[str, Mapping[str, object]]) -> str:
+    """One property of a JSON schema in words; ``definitions`` are those of the schema."""
     variants = schema.get("anyOf")
     if isinstance(variants, list):
-        return " or ".join(_kind(variant) for variant in variants if variant.get("type") != "null")
+        return " or ".join(_kind(variant, definitions) for variant in variants if variant.get("type") != "null")
     words = schema.get("enum")
     if isinstance(words, list):
         return " | ".join(str(word) for word in words)
@@ -121,7 +135,10 @@ def _kind(schema: Mapping[str, object]) -> str:
         return str(schema["const"])
     items = schema.get("items")
     if isinstance(items, dict):
-        return f"list of {_kind(items)}"
+        return f"list of {_kind(items, definitions)}"
+    if "$ref" in schema:
+        keys = definitions[str(schema["$ref"]).rpartition("/")[2]]["properties"]
+        return f"{{{', '.join(keys)}}}" if isinstance(keys, dict) else ABSENT
     return _TYPES[str(schema.get("type"))] + _bounds(schema)
 
 

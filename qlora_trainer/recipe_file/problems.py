@@ -78,13 +78,15 @@ def _place(path: Path, document: Document) -> Place:
 def _is_other_branch(error: ErrorDetails, path: Path) -> bool:
     """Whether the error tells of the branch of a union that the value was not meant for.
 
-    Where a word or a list of names can stand, a list is judged as a list and anything else as the word.
+    Where a word or a text, a mapping, or a list can stand, a list is judged as a list, a mapping as a mapping and
+    anything else as the word or the text.
     """
     if len(error["loc"]) == len(path) or error["type"] == "missing":
         return False
-    if error["type"] == "literal_error":
-        return isinstance(error["input"], list)
-    return error["type"] == "tuple_type"
+    if error["type"] in ("literal_error", "string_type"):
+        return isinstance(error["input"], list | dict) and error["loc"][-1] not in path
+    # A list whose elements are wrong is told as too short as well.
+    return error["type"] in ("tuple_type", "model_type") or (error["type"] == "too_short" and bool(error["input"]))
 
 
 def _sentence(error: ErrorDetails, path: Path) -> str:
@@ -123,7 +125,8 @@ def _unknown(error: ErrorDetails, path: Path) -> str:
 def _not_a_choice(error: ErrorDetails, path: Path) -> str:
     info = setting(path)
     words = choices(info.annotation) if info is not None else ()
-    also_list = " or a list of names" if len(error["loc"]) > len(path) else ""
+    takes_list = info is not None and "tuple[" in str(info.annotation)
+    also_list = " or a list of names" if takes_list and len(error["loc"]) > len(path) else ""
     value = error["input"]
     # What YAML 1.1 makes of `off` and `no`; a recipe written by another tool may hold it.
     typed = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

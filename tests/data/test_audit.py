@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_trainer.data.audit import MaskAudit, audit_masks, audit_notes, require_sound
+from qlora_trainer.data.audit import MaskAudit, MaskTally, audit_masks, audit_notes, require_sound
 from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
 from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.errors import DataError
@@ -13,7 +13,8 @@ def row(prompt: list[int], completion: list[int], *, prompt_ids: list[int] | Non
 
 
 def audited(rows: list[EncodedRow], fitted: list[EncodedRow | None] | None = None) -> MaskAudit:
-    return audit_masks(rows, rows if fitted is None else fitted, bos_id=BOS_ID, stop_ids=(EOS_ID,))
+    kept = rows if fitted is None else fitted
+    return audit_masks(rows, [() if row is None else (row,) for row in kept], bos_id=BOS_ID, stop_ids=(EOS_ID,))
 
 
 GOOD = row([BOS_ID, 10, 11], [12, EOS_ID])
@@ -31,11 +32,14 @@ def test_sound_rows_have_nothing_to_note(tokenizer: TextTokenizer) -> None:
         encoded=2,
         dropped_overlong=0,
         truncated=0,
+        split=0,
         rows_without_labels=0,
         tokens=10,
         label_tokens=4,
         longest_row=5,
+        median_row=5,
         double_bos=0,
+        double_bos_places=(),
         prompt_differs=0,
         stop_token_id=EOS_ID,
         stop_token_trained_share=1.0,
@@ -57,16 +61,19 @@ def test_everything_that_the_reader_should_know_is_counted() -> None:
         encoded=4,
         dropped_overlong=1,
         truncated=1,
+        split=0,
         rows_without_labels=1,
         tokens=4 + 5 + 4 + 4,
         label_tokens=8,
         longest_row=5,
+        median_row=4,
         double_bos=1,
+        double_bos_places=("",),
         prompt_differs=1,
         stop_token_id=EOS_ID,
         stop_token_trained_share=0.75,
     )
-    assert [note.split(" ", 1)[0] for note in audit_notes(audit)] == ["1"] * 6
+    assert [note.split(" ", 1)[0] for note in audit_notes(audit)] == ["1"] * 5
     assert audit_notes(audit)[0] == "1 of 6 rows dropped: longer than data.window"
     assert audit_notes(audit)[-1] == "1 of 4 rows do not train a stop token at their end"
 
@@ -121,3 +128,24 @@ def test_one_row_that_stops_is_no_error_but_a_note(tokenizer: TextTokenizer) -> 
 
 def test_the_constants_of_these_tests_are_ids_of_the_tokenizer(tokenizer: TextTokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.stop_ids) == (BOS_ID, (EOS_ID,))
+
+
+def test_rows_that_begin_with_two_bos_tokens_are_refused_with_their_places(tokenizer: TextTokenizer) -> None:
+    tally = MaskTally(bos_id=BOS_ID, stop_ids=(EOS_ID,))
+    doubled = row([BOS_ID, BOS_ID, 10], [12, EOS_ID])
+    for number, each in enumerate([GOOD, doubled, GOOD, doubled], start=1):
+        tally.add(each, (each,), place=f"a.jsonl:{number}")
+    with pytest.raises(DataError) as caught:
+        require_sound(tally.audit(), tokenizer, window=8)
+    text = str(caught.value)
+    assert text.startswith("2 of 4 rows begin with two bos tokens ('<s>')")
+    assert text.endswith("The first:\n  a.jsonl:2\n  a.jsonl:4")
+
+
+def test_a_split_row_counts_once_and_only_its_last_piece_needs_a_stop_token() -> None:
+    whole = row([], [10, 11, 12, 13, EOS_ID])
+    pieces = (row([10], [11, 12]), row([12], [13, EOS_ID]))
+    audit = audit_masks([whole], [pieces], bos_id=BOS_ID, stop_ids=(EOS_ID,))
+    assert (audit.rows, audit.encoded, audit.used_rows, audit.split, audit.truncated) == (1, 2, 1, 1, 0)
+    assert audit.stop_token_trained_share == 1.0
+    assert audit_notes(audit) == ["1 rows split into pieces to fit data.window"]

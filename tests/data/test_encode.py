@@ -1,12 +1,11 @@
 import json
 from pathlib import Path
-from typing import Literal
 
 import pytest
 from transformers import AutoTokenizer
 
 from qlora_trainer.data.chat_template import Message
-from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow, encode_chat, encode_text, fit_window
+from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow, encode_chat, encode_documents, encode_text
 from qlora_trainer.data.examples import Example
 from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.errors import DataError
@@ -190,45 +189,19 @@ def test_the_first_token_of_a_row_is_no_label() -> None:
     assert row.label_count == 1
 
 
-ROW = EncodedRow((BOS_ID, 5, 6, 7, 8, 9), (*[IGNORE_INDEX] * 4, 8, 9), (BOS_ID, 5, 6, 7), "prompt", "completion")
+def test_of_a_document_every_token_but_the_first_is_trained_and_eos_ends_it(tokenizer: TextTokenizer) -> None:
+    document = Example(({"role": "text", "content": "the fox"},), "a.txt:1", is_text=True)
+    row = encode_documents([document], tokenizer)[0]
+    text = tokenizer.encode("the fox")
+    assert row.token_ids == (BOS_ID, *text, EOS_ID)
+    assert row.labels == (IGNORE_INDEX, *text, EOS_ID)
+    assert (row.prompt_ids, row.prompt, row.completion) == ((BOS_ID,), "", "the fox")
 
 
-def fitted(
-    row: EncodedRow,
-    window: int,
-    overlong: Literal["drop", "truncate_prompt"] = "drop",
-    bos_id: int | None = BOS_ID,
-) -> EncodedRow | None:
-    return fit_window([row], window=window, overlong=overlong, bos_id=bos_id, places=["a.jsonl:1"])[0]
-
-
-@pytest.mark.parametrize("overlong", ["drop", "truncate_prompt"])
-def test_a_row_as_long_as_the_window_stays_as_it_is(overlong: Literal["drop", "truncate_prompt"]) -> None:
-    assert fitted(ROW, 6, overlong) is ROW
-
-
-def test_a_longer_row_is_dropped() -> None:
-    assert fitted(ROW, 5) is None
-
-
-def test_a_cut_row_loses_the_beginning_of_its_prompt_but_bos() -> None:
-    expected = EncodedRow((BOS_ID, 7, 8, 9), (*[IGNORE_INDEX] * 2, 8, 9), (BOS_ID, 7), "prompt", "completion")
-    assert fitted(ROW, 4, "truncate_prompt") == expected
-
-
-def test_a_cut_row_without_bos_loses_its_first_tokens() -> None:
-    cut = fitted(ROW, 4, "truncate_prompt", bos_id=None)
-    assert cut is not None
-    assert (cut.token_ids, cut.prompt_ids) == ((6, 7, 8, 9), (6, 7))
-
-
-def test_a_row_whose_completion_fills_the_window_is_dropped_rather_than_cut() -> None:
-    assert fitted(ROW, 3, "truncate_prompt") is None
-    assert fitted(ROW, 3, "truncate_prompt", bos_id=None) is not None
-    assert fitted(ROW, 2, "truncate_prompt", bos_id=None) is None
-
-
-def test_refused_rows_are_told_with_their_lengths() -> None:
-    with pytest.raises(DataError, match=r"refuse: 2 problems\n  a:1: 6 tokens, the window is 5\n  a:3: 6 tokens"):
-        fit_window([ROW, ROW], window=5, overlong="refuse", bos_id=None, places=["a:1", "a:3"])
-    assert fit_window([ROW], window=6, overlong="refuse", bos_id=None, places=["a:1"]) == [ROW]
+def test_a_document_has_no_bos_where_the_tokenizer_adds_none(tmp_path: Path) -> None:
+    file = tiny_tokenizer(tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    tokenizer = TextTokenizer.load(tmp_path)
+    row = encode_documents([Example(({"role": "text", "content": "the fox"},), "", is_text=True)], tokenizer)[0]
+    assert row.token_ids == (*tokenizer.encode("the fox"), EOS_ID)
+    assert (row.labels[0], row.label_count, row.prompt_ids) == (IGNORE_INDEX, len(row.token_ids) - 1, ())

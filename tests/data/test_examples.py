@@ -1,9 +1,10 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qlora_trainer.data.examples import Example, conversation_examples, prompt_completion_examples
-from qlora_trainer.data.sources import Row, SourceFile
+from qlora_trainer.data.examples import Columns, Example, ExampleReading, Format, prompt_completion_examples, row_format
+from qlora_trainer.data.sources import Reading, Row, SourceFile
 from qlora_trainer.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -21,8 +22,22 @@ def pairs(*columns: dict[str, object], group_column: str | None = None) -> list[
 
 
 def conversations(*columns: object) -> list[Example]:
-    file = file_of(*({"messages": column} for column in columns))
-    return conversation_examples(file, messages_column="messages", group_column=None)
+    return read("messages", *({"messages": column} for column in columns))
+
+
+class Held(Reading):
+    """Rows that lie in no file."""
+
+    def __init__(self, columns: tuple[dict[str, object], ...]) -> None:
+        super().__init__(Path("a.jsonl"))
+        self.columns = columns
+
+    def _rows(self) -> Iterator[Row]:
+        return (Row(line, columns) for line, columns in enumerate(self.columns, start=1))
+
+
+def read(form: Format, *columns: dict[str, object], rename: dict[str, str] | None = None) -> list[Example]:
+    return list(ExampleReading(Held(columns), row_format(form, Columns()), group=None, rename=rename))
 
 
 def test_a_prompt_and_a_completion_are_a_conversation_of_two() -> None:
@@ -114,3 +129,67 @@ def test_a_malformed_conversation_is_told(column: object, problem: str) -> None:
     with pytest.raises(DataError) as caught:
         conversations([USER, ANSWER], column)
     assert str(caught.value).splitlines()[1] == f"  line 2: 'messages' {problem}"
+
+
+def test_an_instruction_and_its_input_are_asked_for_together() -> None:
+    with_input, without, empty = read(
+        "instruction",
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say hi.", "output": "Hi."},
+        {"instruction": "Say hi.", "input": "", "output": "Hi."},
+    )
+    assert (with_input.prompt, with_input.completion) == ("Add.\n\n1 and 2", "3")
+    assert without.messages == empty.messages == ({"role": "user", "content": "Say hi."}, {**ANSWER, "content": "Hi."})
+
+
+def test_a_plain_text_is_one_message_that_is_nobodys() -> None:
+    example = read("text", {"text": "Once upon a time"})[0]
+    assert (example.is_text, example.prompt, example.completion) == (True, "", "Once upon a time")
+    with pytest.raises(DataError, match="line 1: 'text' is an empty text; remove the row"):
+        read("text", {"text": " \n"})
+
+
+def test_columns_are_renamed_before_they_are_looked_at() -> None:
+    row: dict[str, object] = {"question": "Hi", "answer": "Hello.", "prompt": 5}
+    example = read("prompt_completion", row, rename={"question": "prompt", "answer": "completion"})[0]
+    assert example.messages == (USER, ANSWER)
+    with pytest.raises(DataError, match=r"no row has a column 'qestion'.*Did you mean 'question'"):
+        read("prompt_completion", row, rename={"qestion": "prompt", "answer": "completion"})
+
+
+def test_tools_and_tool_calls_make_conversations_differ() -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {}}]}
+    rows: list[dict[str, object]] = [
+        {"messages": [USER, {**ANSWER, "content": ""}]},
+        {"messages": [USER, called]},
+        {"messages": [USER, called], "tools": [{"name": "add"}]},
+    ]
+    assert len({example.content for example in read("messages", *rows)}) == 3
+
+
+def test_speakers_of_sharegpt_are_roles() -> None:
+    turns: list[dict[str, object]] = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello.", "weight": 0},
+        {"from": "human", "value": "Bye"},
+        {"from": "gpt", "value": "Bye."},
+    ]
+    example = read("sharegpt", {"messages": turns})[0]
+    assert [message["role"] for message in example.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert (example.messages[2], example.untrained) == (ANSWER, {2})
+
+
+@pytest.mark.parametrize(
+    ("column", "problem"),
+    [
+        ([USER, ANSWER], "message 1 needs 'from' and 'value'; with role and content it is of format: messages"),
+        ([{"from": "bing", "value": "Hi"}], "message 1: 'from' is 'bing', needs one of human, user, gpt"),
+        ([{"from": "human", "value": "Hi"}], "ends with role 'user'; the last message must be the assistant's answer"),
+        ("Hi", "is a text, needs a list of {role, content}"),
+    ],
+)
+def test_malformed_speakers_are_told(column: object, problem: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read("sharegpt", {"messages": column})
+    assert f"  line 1: 'messages' {problem}" in str(caught.value)

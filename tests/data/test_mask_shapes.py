@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from qlora_trainer.data.audit import audit_masks, audit_notes
+from qlora_trainer.data.audit import audit_masks, audit_notes, require_sound
 from qlora_trainer.data.chat_template import Message, Turns
 from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow, encode_chat, encode_text
 from qlora_trainer.data.examples import Example
 from qlora_trainer.data.tokenizer import TextTokenizer
+from qlora_trainer.errors import DataError
 from tests.models import tiny_tokenizer
 
 BEGIN, END = "{% generation %}", "{% endgeneration %}"
@@ -112,7 +113,7 @@ def test_exactly_the_answers_and_their_stop_tokens_are_trained(
     for row, given in zip(rows, examples, strict=True):
         expected = answers(given, before=before, stop=stop)
         assert trained_texts(row, tokenizer) == (expected if turns == "all" else expected[-1:])
-    audit = audit_masks(rows, rows, bos_id=tokenizer.bos_id, stop_ids=tokenizer.stop_ids)
+    audit = audit_masks(rows, [(row,) for row in rows], bos_id=tokenizer.bos_id, stop_ids=tokenizer.stop_ids)
     assert (audit.stop_token_trained_share, audit_notes(audit)) == (1.0, [])
 
 
@@ -132,19 +133,23 @@ def test_which_turns_are_trained_changes_labels_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("has_markers", "doubled"), [(True, 20), (False, 20)])
-def test_a_template_that_writes_bos_twice_is_noted(tmp_path: Path, has_markers: bool, doubled: int) -> None:
+def test_a_template_that_writes_bos_twice_is_refused(tmp_path: Path, has_markers: bool, doubled: int) -> None:
     folder = tmp_path / "shape"
     shaped(folder, "turns", has_markers=has_markers)
     template = folder / "chat_template.jinja"
     template.write_text("{{ bos_token }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
     tokenizer = TextTokenizer.load(folder)
     rows = encode_chat(conversations(20), tokenizer)
-    audit = audit_masks(rows, rows, bos_id=tokenizer.bos_id, stop_ids=tokenizer.stop_ids)
+    audit = audit_masks(rows, [(row,) for row in rows], bos_id=tokenizer.bos_id, stop_ids=tokenizer.stop_ids)
     assert audit.double_bos == doubled
-    assert audit_notes(audit)[0].startswith(f"{doubled} rows begin with two bos tokens")
+    with pytest.raises(DataError, match=rf"{doubled} of 20 rows begin with two bos tokens"):
+        require_sound(audit, tokenizer, window=512)
 
 
-def test_a_text_template_that_writes_bos_beside_the_tokenizer_is_noted(tmp_path: Path) -> None:
+def test_a_text_template_that_writes_bos_beside_the_tokenizer_is_counted(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(tiny_tokenizer(tmp_path))
     rows = encode_text(conversations(3), tokenizer, template="<s>{prompt}\n", stop_id=tokenizer.eos_id)
-    assert audit_masks(rows, rows, bos_id=tokenizer.bos_id, stop_ids=tokenizer.stop_ids).double_bos == 3
+    assert (
+        audit_masks(rows, [(row,) for row in rows], bos_id=tokenizer.bos_id, stop_ids=tokenizer.stop_ids).double_bos
+        == 3
+    )

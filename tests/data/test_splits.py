@@ -1,8 +1,48 @@
+from dataclasses import dataclass
+from hashlib import sha256
+
 import pytest
 
 from qlora_trainer.data.examples import Example
-from qlora_trainer.data.splits import SplitPlan, Splits, split
+from qlora_trainer.data.splits import RowKeys, Side, SplitPlan
+from qlora_trainer.data.splits import split as split_keys
 from qlora_trainer.errors import DataError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples of each side."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    notes: tuple[str, ...]
+
+
+def split(
+    train: list[Example], *, validation: list[Example] | None, test: list[Example] | None, plan: SplitPlan
+) -> Splits:
+    """The examples by what is said of their keys."""
+    files: dict[Side, list[Example] | None] = {"train": train, "validation": validation, "test": test}
+    keys = {side: keys_of(rows, plan.seed) for side, rows in files.items() if rows is not None}
+    found = split_keys(keys["train"], validation=keys.get("validation"), test=keys.get("test"), plan=plan)
+
+    def on(side: Side) -> tuple[Example, ...]:
+        return tuple(
+            example
+            for name, rows in files.items()
+            for number, example in enumerate(rows or ())
+            if found.side(name, number) == side
+        )
+
+    return Splits(on("train"), on("validation"), on("test"), found.notes)
+
+
+def keys_of(rows: list[Example], seed: int) -> RowKeys:
+    keys = RowKeys(seed)
+    for example in rows:
+        keys.add(example)
+    return keys
 
 
 def row(prompt: str, *, completion: str = "yes", group: str | None = None) -> Example:
@@ -134,6 +174,22 @@ def test_rows_that_stand_in_two_files_are_noted() -> None:
         "2 of 5 validation rows are also training rows, word for word; their figures flatter. "
         "Remove them, or name a column in data.split_by",
     )
+
+
+def test_the_held_out_rows_are_those_whose_keys_are_drawn_first() -> None:
+    # Restated with all keys at hand, sorted by the digest of seed and content; groups of one to three rows.
+    examples = [row(f"{number}/{copy}", group=str(number)) for number in range(200) for copy in range(number % 3 + 1)]
+    keys = {str(number): sha256(f"3/{number}".encode()).digest() for number in range(200)}
+    for count in (1, 2, 7, 50):
+        held, size = set[str](), 0
+        for key in sorted(keys, key=lambda key: keys[key]):
+            if size >= count:
+                break
+            held.add(key)
+            size += int(key) % 3 + 1
+        expected = [example for example in examples if example.group in held][:count]
+        found = split(examples, validation=[row("v", group="v")], test=None, plan=plan(test_rows=count, seed=3))
+        assert list(found.test) == expected
 
 
 def test_too_few_rows_to_hold_out_are_refused() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora_trainer.data.batches import collate, evaluation_batches
 from qlora_trainer.data.encode import EncodedRow
+from qlora_trainer.data.store import row_label_counts, row_lengths
 from qlora_trainer.runners.causal_lm import find_loss_path
 
 
@@ -41,15 +42,15 @@ def row_losses(model: nn.Module, rows: Sequence[EncodedRow], *, batch_size: int,
     path = find_loss_path(model)
     nats = [0.0] * len(rows)
     began = time.perf_counter()
-    for indexes in evaluation_batches([len(row.token_ids) for row in rows], batch_size):
+    for indexes in evaluation_batches(row_lengths(rows), batch_size):
         batch = collate(rows, indexes, pad_id)
         for index, value in zip(indexes, path.nats_by_row(model, batch.token_ids, batch.labels), strict=True):
             nats[index] = value
     return RowLosses(
         nats=tuple(nats),
-        labels=tuple(row.label_count for row in rows),
+        labels=tuple(row_label_counts(rows)),
         seconds=time.perf_counter() - began,
-        tokens=sum(len(row.token_ids) for row in rows),
+        tokens=sum(row_lengths(rows)),
     )
 
 

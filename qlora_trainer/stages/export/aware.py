@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.data.batches import BatchPlan, collate, training_micro_batches
+from qlora_trainer.data.store import row_lengths
 from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.numerics.integer_weight import GridSpec
 from qlora_trainer.numerics.loss import IGNORE_INDEX, summed_nats
@@ -98,7 +99,7 @@ def _train(model: nn.Module, layers: dict[str, AwareLinear], inputs: ExportInput
     optimizer = torch.optim.AdamW(parameters, lr=RATE_SHARE * data.learning_rate, weight_decay=0.0)
     micro = min(MICRO_BATCH_ROWS, data.batch_size)
     plan = BatchPlan(micro, max(1, data.batch_size // micro), data.seed)
-    lengths = [len(row.token_ids) for row in data.rows]
+    lengths = row_lengths(data.rows)
     device = next(model.parameters()).device
     for step in range(steps):
         # The rows that training would have gone on with.

@@ -223,6 +223,9 @@ def _write_adapter(name: ExportFormat, folder: Path, inputs: ExportInputs) -> No
     with writing_folder(folder) as partial:
         if name == "peft_adapter":
             shutil.copytree(inputs.adapter, partial, dirs_exist_ok=True)
+            # The template that the adapter was trained with may be the recipe's, not the base's own.
+            for template in inputs.base.glob("*.jinja"):
+                shutil.copyfile(template, partial / template.name)
             return
         factors = inputs.factors
         if factors.has_magnitudes:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qlora_trainer.data.batches import Batch, BatchPlan, collate, collate_packed, training_micro_batches
+from qlora_trainer.data.store import row_lengths
 from qlora_trainer.errors import Interrupted, RunFolderError, TrainingError
 from qlora_trainer.numerics.schedule import learning_rate_scale
 from qlora_trainer.recipe import Recipe
@@ -79,7 +80,7 @@ class _Loop:
         self.model, self.settings, self.inputs, self.trainable = model, settings, inputs, trainable
         self.steps = settings.steps(len(inputs.rows))
         self.world = World.current()
-        self.lengths = tuple(len(row.token_ids) for row in inputs.rows)
+        self.lengths = row_lengths(inputs.rows)
         self.plan = BatchPlan(
             micro_batch_size=settings.micro_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,

@@ -140,6 +140,7 @@ def test_the_fingerprint_tells_labels_and_prompts_and_sides_apart(here: Path, ba
     for train in ((unlabelled, *rows.train[1:]), (longer, *rows.train[1:])):
         prints.add(token_fingerprint(TaskRows(train, rows.validation, rows.test, *sides)))
     moved = TaskRows(rows.train[:-1], (rows.train[-1], *rows.validation), rows.test, *sides)
+    assert token_fingerprint(TaskRows(rows.train, rows.validation, rows.test, *sides)) == token_fingerprint(rows)
     assert len({*prints, token_fingerprint(moved)}) == 4
 
 
@@ -307,6 +308,26 @@ def test_e2e_rows_are_split_by_meaning_and_encoded_for_stories260k(shared_folder
     assert (len(rows.validation), len(rows.test), len(sides[2])) == (200, 4693, 630)
     assert rows.audit.stop_token_trained_share == 1.0
     assert rows.stop_ids == (1, 2)
+
+
+@pytest.mark.real
+def test_wikitext_is_split_into_windows_of_which_every_token_is_trained(shared_folder: Path) -> None:
+    folder = shared_folder / "data" / "wikitext-2"
+    task = recipe(
+        {
+            "train": str(folder / "valid.txt"),
+            "validation": str(folder / "test.txt"),
+            "test": str(folder / "test.txt"),
+            "format": "text",
+            "overlong": "split",
+            "window": 256,
+        }
+    )
+    rows = load_rows(task, shared_folder / "models" / "stories260K")
+    text = (folder / "valid.txt").read_text(encoding="utf-8").strip("\r\n")
+    assert rows.train[0].completion == text
+    assert sum(row.label_count for row in rows.train) == len(rows.tokenizer.encode(text)) + 1
+    assert rows.audit.stop_token_trained_share == 1.0
 
 
 @pytest.mark.real
