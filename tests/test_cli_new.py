@@ -72,9 +72,7 @@ def test_unknown_column_names_are_asked_for(here: Path, llama_folder: Path) -> N
     assert proposed(llama_folder, file, prompt_column="q", completion_column="a").data.prompt_column == "q"
 
 
-def test_conversations_are_found_and_only_told_turns_are_trained(
-    here: Path, llama_folder: Path, tmp_path: Path
-) -> None:
+def test_conversations_are_found(here: Path, llama_folder: Path, tmp_path: Path) -> None:
     turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user", "assistant")]
     lines = [json.dumps({"messages": [{"role": "user", "content": f"{n}"}, turns[1], *turns[2:]]}) for n in range(60)]
     Path("train.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -82,7 +80,24 @@ def test_conversations_are_found_and_only_told_turns_are_trained(
     thinking = shutil.copytree(llama_folder, tmp_path / "thinking")
     write_tokenizer(thinking, FAMILIES["qwen3"])
     (thinking / "generation_config.json").write_text('{"eos_token_id": 0}', encoding="utf-8")
-    assert proposed(thinking, "train.jsonl").data.train_turns == "last"
+    assert proposed(thinking, "train.jsonl").data.format == "messages"
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"instruction": "Add {n}.", "input": "", "output": "Done."}, "instruction"),
+        ({"conversations": [{"from": "human", "value": "Add {n}."}, {"from": "gpt", "value": "Done."}]}, "sharegpt"),
+        ({"text": "Once upon a time there were {n}."}, "text"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_kinds_of_rows_are_found_by_their_columns(
+    row: dict[str, object], kind: str, here: Path, llama_folder: Path
+) -> None:
+    lines = [json.dumps(row).replace("{n}", str(n)) for n in range(60)]
+    Path("train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert proposed(llama_folder, "train.jsonl").data.format == kind
 
 
 def test_files_beside_the_training_rows_are_used(here: Path, llama_folder: Path) -> None:

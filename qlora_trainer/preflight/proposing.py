@@ -25,7 +25,6 @@ Settings = dict[str, dict[str, object]]
 COLUMN_PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
-    ("instruction", "output"),
     ("instruction", "response"),
     ("question", "answer"),
     ("input", "output"),
@@ -119,6 +118,9 @@ def _data(wish: Wish, reasons: list[str]) -> dict[str, object]:
 
 def _columns(wish: Wish, row: Mapping[str, object], reasons: list[str]) -> dict[str, object]:
     given = (wish.prompt_column, wish.completion_column)
+    if given == (None, None) and {"instruction", "output"} <= row.keys():
+        reasons.append("data.format: instruction, after the columns instruction and output")
+        return {"format": "instruction"}
     pairs = (given,) if given != (None, None) else COLUMN_PAIRS
     named = next((pair for pair in pairs if set(pair) <= row.keys()), None)
     if named is not None:
@@ -127,11 +129,20 @@ def _columns(wish: Wish, row: Mapping[str, object], reasons: list[str]) -> dict[
     messages = next((name for name in MESSAGES if isinstance(row.get(name), list)), None)
     if messages is not None and given == (None, None):
         reasons.append(f"data: the column {messages} holds conversations")
-        return {"format": "messages", "messages_column": messages}
+        return {"format": _conversation_format(row[messages]), "messages_column": messages}
+    if set(row) == {"text"}:
+        reasons.append("data.format: text, every token is trained, because there is no other column")
+        return {"format": "text"}
     raise DataError(
         f"{wish.data} has the columns {', '.join(row)}, and it is not clear which are prompt and completion. "
         "Give --prompt-column and --completion-column"
     )
+
+
+def _conversation_format(turns: object) -> str:
+    """``sharegpt`` where turns are ``{from, value}``, else ``messages``."""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return "sharegpt" if isinstance(first, dict) and {"from", "value"} <= first.keys() else "messages"
 
 
 def _epochs(wish: Wish, reasons: list[str]) -> float:
@@ -161,7 +172,7 @@ def _look(settings: Settings, base: BaseCheckpoint, reasons: list[str]) -> None:
     if base.parameters >= LARGE_MODEL:
         settings["training"]["learning_rate"] = 1.0e-4
         reasons.append("training.learning_rate: 1e-4 for a base of this size (QLoRA, table 9)")
-    rows = _rows(settings, base, reasons)
+    rows = dataset.load_rows(Recipe.model_validate(_with_window(settings, LONGEST_WINDOW)), base.folder)
     window = min(LONGEST_WINDOW, -(-rows.audit.longest_row // 64) * 64)
     settings["data"]["window"] = window
     reasons.append(f"data.window: the longest row has {rows.audit.longest_row} tokens")
@@ -174,20 +185,6 @@ def _look(settings: Settings, base: BaseCheckpoint, reasons: list[str]) -> None:
     reasons.append(f"export.formats: {formats[-1]} fits the sizes of every layer")
     if shape is not None:
         _fit(settings, shape, rows, free_memory(), reasons)
-
-
-def _rows(settings: Settings, base: BaseCheckpoint, reasons: list[str]) -> dataset.TaskRows:
-    """The encoded rows; of conversations only the last turn where the template does not let earlier ones be told."""
-    asked = _with_window(settings, LONGEST_WINDOW)
-    try:
-        return dataset.load_rows(Recipe.model_validate(asked), base.folder)
-    except DataError:
-        if settings["data"].get("format") != "messages":
-            raise
-    settings["data"]["train_turns"] = asked["data"]["train_turns"] = "last"
-    rows = dataset.load_rows(Recipe.model_validate(asked), base.folder)
-    reasons.append("data.train_turns: last, because the base's template writes earlier turns otherwise")
-    return rows
 
 
 def _with_window(settings: Settings, window: int) -> Settings:
