@@ -30,6 +30,7 @@ class EncodedRow:
         prompt_ids: what generation is started with.
         prompt: what the user wrote last, for reports.
         completion: the reference text, without the stop token.
+        place: file and line, for messages; empty where they are not known.
     """
 
     token_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class EncodedRow:
     prompt_ids: tuple[int, ...]
     prompt: str
     completion: str
+    place: str = ""
 
     @property
     def label_count(self) -> int:
@@ -69,7 +71,9 @@ def encode_text(
         prompt_ids = (*beginning, *prompt)
         trained = (*completion, stop_id)
         labels = (IGNORE_INDEX,) * len(prompt_ids) + trained
-        rows.append(EncodedRow(prompt_ids + trained, labels, prompt_ids, example.prompt, example.completion))
+        rows.append(
+            EncodedRow(prompt_ids + trained, labels, prompt_ids, example.prompt, example.completion, example.place)
+        )
     return rows
 
 
@@ -106,6 +110,7 @@ def encode_chat(
             prompt_ids=tuple(beginning.token_ids if chat.other_start is None else tokenizer.encode(chat.other_start)),
             prompt=example.prompt,
             completion=example.completion,
+            place=example.place,
         )
         for example, chat, beginning, answer in zip(examples, chats, beginnings, answers, strict=True)
     ]
@@ -228,4 +233,5 @@ def _cut_row(row: EncodedRow, window: int, bos_id: int | None) -> EncodedRow | N
         prompt_ids=row.prompt_ids[:kept] + row.prompt_ids[kept + excess :],
         prompt=row.prompt,
         completion=row.completion,
+        place=row.place,
     )

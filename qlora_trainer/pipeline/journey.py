@@ -14,6 +14,7 @@ from qlora_trainer.preflight import predict_peak_bytes
 from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
 from qlora_trainer.runtime.device import seed_everything, set_threads
+from qlora_trainer.runtime.interruption import terminable
 from qlora_trainer.runtime.progress import Observer, Silent
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
 from qlora_trainer.runtime.run_log import logged_to
@@ -42,13 +43,14 @@ def run(
         The report, or None where ``until`` ends before it.
 
     Raises:
-        TrainerError: see ``errors``; whatever was finished stays and is not repeated.
+        TrainerError: see ``errors``; whatever was finished stays and is not repeated. SIGTERM is such an error too.
     """
     set_threads(recipe.run.threads)
     seed_everything(recipe.run.seed)
     ground = prepare(recipe, trust_remote_code=trust_remote_code)
     root = Path(recipe.run.folder) / recipe.run.name
     with (
+        terminable(),
         RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
         logged_to(folder.log),
     ):

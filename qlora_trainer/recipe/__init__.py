@@ -8,6 +8,7 @@ from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder
 from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
 from qlora_trainer.recipe.section import FloatType, Section
 from qlora_trainer.recipe.task import Data, EvaluationPlan, Metric, Training
+from qlora_trainer.recipe.watchdog import Watchdog
 from qlora_trainer.recipe.whole import SHAPING_SECTIONS, Expected, Recipe, Run, Tracking
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "Section",
     "Tracking",
     "Training",
+    "Watchdog",
 ]

@@ -7,6 +7,7 @@ warning, and training goes on. What the metrics mean is not known here. This is 
 import importlib
 import json
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import psutil
 
-from qlora_trainer.runtime.atomic import explained, write_text
+from qlora_trainer.runtime.atomic import explained, write_text, writing_file
 
 logger = logging.getLogger(__name__)
 
@@ -72,22 +73,43 @@ class Tracker:
             file.write(line + "\n")
         self._tell("log", lambda run: run.log(record, step))
 
-    def resume_from(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl that tell of later steps, and the half line of a killed process.
+    def resume_from(self, step: int, size: int | None = None) -> None:
+        """Puts metrics.jsonl back to where it was when the state of ``step`` was saved.
 
-        To be called before the first step, also where that is step 0: a training that was killed before its first
-        checkpoint has left lines too. wandb's history keeps its rows; a repeated step is there twice.
+        Drops what came later, and the half line of a killed process. To be called before the first step, also where
+        that is step 0: a training that was killed before its first checkpoint has left lines too. wandb's history
+        keeps its rows; a repeated step is there twice.
+
+        Args:
+            step: the run goes on behind this one; lines of later steps are dropped.
+            size: what ``flush`` gave when the state was saved; None where that is not known.
 
         Raises:
             RunFolderError: the disk is full or the file cannot be written.
         """
+        content = self._metrics.read_bytes() if self._metrics.is_file() else b""
+        if size is not None and len(content) < size:
+            logger.warning(
+                "%s has %d bytes and had %d when step %d was saved: lines of earlier steps are lost",
+                self._metrics,
+                len(content),
+                size,
+                step,
+            )
+        kept = b"".join(line for line in content[:size].splitlines(keepends=True) if _is_up_to(line, step))
+        if len(kept) < len(content):
+            dropped = len(content.splitlines()) - len(kept.splitlines())
+            logger.info("%s: %d lines after step %d dropped", self._metrics, dropped, step)
+            with writing_file(self._metrics) as partial:
+                partial.write_bytes(kept)
+
+    def flush(self) -> int:
+        """Waits until all lines of metrics.jsonl are on the disk and would outlive a power cut; gives its size."""
         if not self._metrics.is_file():
-            return
-        lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _is_up_to(line, step)]
-        if len(kept) < len(lines):
-            logger.info("%s: %d lines after step %d dropped", self._metrics, len(lines) - len(kept), step)
-            write_text(self._metrics, "".join(kept))
+            return 0
+        with explained(self._metrics), self._metrics.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> None:
         """Shows a table in wandb, one sequence per row in the order of ``columns``; without wandb does nothing."""
@@ -221,11 +243,11 @@ def _run_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _is_up_to(line: str, step: int) -> bool:
+def _is_up_to(line: bytes, step: int) -> bool:
     """Whether a line of metrics.jsonl is whole and tells of a step not after ``step``."""
     try:
         record = json.loads(line)
     except ValueError:
         return False
     told = record.get("step") if isinstance(record, dict) else None
-    return line.endswith("\n") and isinstance(told, int) and told <= step
+    return line.endswith(b"\n") and isinstance(told, int) and told <= step
