@@ -30,5 +30,6 @@ class Watchdog(Section):
     ``divergence_factor`` times the lowest such median of the run, plus half a nat per token."""
     divergence_steps: PositiveInt = 20
     """Steps in the running median; a few odd batches do not move it."""
-    divergence_factor: Annotated[float, Field(gt=1)] = 2.0
-    """How many times its lowest the running median may be."""
+    divergence_factor: Annotated[float, Field(gt=1)] = 1.5
+    """How many times its lowest the running median may be. In the shipped recipes it never was more than 1.23 times,
+    or 0.08 nats, above."""

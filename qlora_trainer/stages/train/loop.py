@@ -181,7 +181,8 @@ class _Loop:
         chosen = {"non_finite": self.watchdog.non_finite, "zero_gradients": self.watchdog.zero_gradients}[error.fault]
         is_one_too_many = losses.skips_in_a_row == self.watchdog.skips_in_a_row
         if chosen == "stop" or is_one_too_many:
-            self._save_if_sound()
+            if number > 1 and self._is_sound():
+                self._save()
             mend = mends.unsound_step(error, learning_rate=self.settings.learning_rate, may_be_skipped=chosen == "stop")
             before = f", and {losses.skips_in_a_row} steps before it were skipped" if losses.skips_in_a_row else ""
             raise TrainingError(
@@ -327,18 +328,22 @@ class _Loop:
             f"step {self._saved_step} is saved. Make room and run the same command again to go on."
         )
 
-    def _save_if_sound(self) -> None:
-        """Saves the state unless it is spoilt: it would push out what was saved while all was well."""
-        is_sound = all(bool(torch.isfinite(parameter).all()) for parameter in self.trainable.values())
-        if self.progress.step > 0 and is_sound:
-            self._save()
-
     def _save(self) -> None:
         if self.progress.step == self.saving.saved_step or not self.world.is_main:
             return
+        if not self._is_sound():
+            raise TrainingError(
+                f"step {self.progress.step} of {self.steps}: the adapter holds values that are not finite, which the "
+                f"last update made. The state of step {self._saved_step} is saved ({self.inputs.checkpoints}). Lower "
+                f"training.learning_rate (now {self.settings.learning_rate}) and give the run a new name."
+            )
         # Before the state that refers to it: a power cut must not leave a checkpoint whose metrics are lost.
         self.progress.metrics_bytes = self.inputs.tracker.flush()
         self.saving.save(self.progress.step, self._state())
+
+    def _is_sound(self) -> bool:
+        """Whether the state may be saved: one that is spoilt would push out what was saved while all was well."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.trainable.values())
 
     @property
     def _saved_step(self) -> int:
