@@ -53,7 +53,7 @@ DOORS = {
     "accelerate": {"runners.transformers"},
     "bitsandbytes": {"runtime.bnb"},
     "peft": {"stages.adapt", "formats.peft_adapter"},
-    "wandb": {"runtime.tracking"},
+    "wandb": {"runtime.wandb_run"},
     "yaml": {"recipe_file", "runtime.run_folder"},
     "compressed_tensors": {"formats.compressed_tensors"},
     "gguf": {"formats.gguf"},

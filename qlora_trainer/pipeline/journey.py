@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from qlora_trainer.errors import Interrupted
 from qlora_trainer.export_formats import merge_bases
 from qlora_trainer.pipeline.adapted import AdaptedModel
 from qlora_trainer.pipeline.climbing import Climbing
@@ -57,6 +58,9 @@ def run(
         journey = Journey(recipe, ground, folder, observer or Silent(), trust_remote_code=trust_remote_code)
         try:
             return journey.travel(until)
+        except (Interrupted, KeyboardInterrupt):
+            journey.end_tracking(in_a_hurry=True)
+            raise
         finally:
             journey.end_tracking()
 
@@ -347,10 +351,10 @@ class Journey:
             config=self.recipe.model_dump(mode="json"),
         )
 
-    def end_tracking(self) -> None:
+    def end_tracking(self, *, in_a_hurry: bool = False) -> None:
         """Closes the tracker where one was opened."""
         if "tracker" in vars(self):
-            self.tracker.finish()
+            self.tracker.finish(in_a_hurry=in_a_hurry)
 
     def _track(self, made: RunReport, trained: TrainedAdapter) -> None:
         columns = ("stage", "nats_per_token", "low", "high", "kl_to_trained", "bytes", "tokens_per_second")

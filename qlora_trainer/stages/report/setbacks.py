@@ -11,7 +11,7 @@ def setbacks(trained: TrainedAdapter) -> tuple[str, ...]:
     """One sentence for each kind of setback: steps skipped, warnings of the watchdog, damaged checkpoints."""
     kinds = (
         ("Training skipped {count} of {steps} steps, which changed nothing", trained.skipped_steps),
-        ("The watchdog warned while training, {count} times", trained.incidents),
+        ("The watchdog warned while training ({count})", trained.incidents),
         (
             "Training went on from an earlier checkpoint, because {count} newer could not be read",
             trained.damaged_checkpoints,
