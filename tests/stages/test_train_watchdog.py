@@ -5,7 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -28,36 +28,35 @@ PLACED = tuple(replace(row, place=f"train.jsonl:{number}") for number, row in en
 
 @dataclass
 class Spoiler:
-    """Multiplies the gradient, or the output, of chosen training passes; knows which rows it struck.
+    """Multiplies the last hidden states of chosen training passes, or their gradient.
 
     Attributes:
         factor: what to multiply with.
         passes: which training passes, from 1.
-        is_loss: strikes the logits and not their gradient alone.
+        is_loss: strikes the states, and so the loss, and not their gradient alone.
     """
 
     factor: float
     passes: Sequence[int]
     is_loss: bool = False
     count: int = 0
-    struck: list[Tensor] = field(default_factory=list)
 
     def put_into(self, model: nn.Module) -> nn.Module:
-        head = model.get_submodule(next(name for name, _ in model.named_modules() if name.endswith("lm_head")))
-        head.register_forward_pre_hook(self._strike)
+        last = [module for name, module in model.named_modules() if name.endswith(".norm")][-1]
+        last.register_forward_hook(self._strike)
         return model
 
-    def _strike(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not arguments[0].requires_grad:
+    def _strike(self, module: nn.Module, arguments: tuple[Tensor, ...], hidden: Tensor) -> Tensor | None:
+        if not hidden.requires_grad:
             return None
         self.count += 1
         if self.count not in self.passes:
             return None
         if self.is_loss:
-            return (arguments[0] * self.factor,)
-        hidden = arguments[0].clone()
-        hidden.register_hook(lambda gradient: gradient * self.factor)
-        return (hidden,)
+            return hidden * self.factor
+        struck = hidden.clone()
+        struck.register_hook(lambda gradient: gradient * self.factor)
+        return struck
 
 
 def guarded(base: Path, folder: Path, *, watchdog: dict[str, object], **training: object) -> Recipe:

@@ -13,10 +13,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from qlora_trainer.data.batches import Batch, BatchPlan, collate, training_micro_batches
+from qlora_trainer.data.batches import Batch, BatchPlan, collate, collate_packed, training_micro_batches
 from qlora_trainer.errors import Interrupted, RunFolderError, TrainingError
 from qlora_trainer.numerics.schedule import learning_rate_scale
 from qlora_trainer.recipe import Recipe
+from qlora_trainer.runners.causal_lm import LossPath
 from qlora_trainer.runtime import bnb, checkpoint
 from qlora_trainer.runtime.device import World, allocated_bytes
 from qlora_trainer.runtime.interruption import StoppedAtOnce, StopRequest, stop_requests
@@ -35,7 +36,12 @@ logger = logging.getLogger(__name__)
 
 
 def run_steps(
-    model: nn.Module, recipe: Recipe, inputs: TrainingInputs, *, trainable: dict[str, nn.Parameter]
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: TrainingInputs,
+    *,
+    trainable: dict[str, nn.Parameter],
+    path: LossPath,
 ) -> Progress:
     """Trains ``trainable`` in place, from the newest checkpoint where there is one, to the last step.
 
@@ -44,6 +50,7 @@ def run_steps(
         recipe: its training section and ``run.seed``.
         inputs: rows, folders, callbacks.
         trainable: the adapter's parameters by name; only they are stepped and saved.
+        path: how this model's loss is taken.
 
     Returns:
         Counters and curve of the whole run.
@@ -54,7 +61,7 @@ def run_steps(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         RunFolderError: the checkpoints are damaged or belong to another recipe, or the disk is nearly full.
     """
-    loop = _Loop(model, recipe, inputs, trainable)
+    loop = _Loop(model, recipe, inputs, trainable, path)
     loop.resume()
     with stop_requests() as stop:
         loop.look_around(stop)  # a run that was stopped while it validated has that before it
@@ -69,9 +76,15 @@ class _Loop:
     """The loop's state: model, optimizer, counters."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, inputs: TrainingInputs, trainable: dict[str, nn.Parameter]
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        inputs: TrainingInputs,
+        trainable: dict[str, nn.Parameter],
+        path: LossPath,
     ) -> None:
         settings = recipe.training
+        self.path = path
         self.model, self.settings, self.inputs, self.trainable = model, settings, inputs, trainable
         self.watchdog = recipe.watchdog
         self.steps = settings.steps(len(inputs.rows))
@@ -81,6 +94,7 @@ class _Loop:
             micro_batch_size=settings.micro_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             seed=recipe.run.seed,
+            is_packed=settings.batching == "packed" and path.packs,
         )
         self.optimizer = bnb.make_optimizer(
             settings.optimizer,
@@ -253,15 +267,19 @@ class _Loop:
         )
 
     def _batches(self) -> list[Batch]:
-        micro_batches = training_micro_batches(self.progress.step, self.lengths, self.plan)
-        mine = micro_batches[self.world.rank :: self.world.size]
-        return [collate(self.inputs.rows, indexes, self.inputs.pad_id) for indexes in mine]
+        share = (self.world.rank, self.world.size)
+        rows = self.inputs.rows
+        micro_batches = training_micro_batches(self.progress.step, self.lengths, self.plan, share=share)
+        if self.plan.is_packed:
+            return [collate_packed(rows, indexes) for indexes in micro_batches]
+        return [collate(rows, indexes, self.inputs.pad_id) for indexes in micro_batches]
 
     def _step_on(self, batches: list[Batch]) -> StepResult:
         return optimizer_step(
             self.model,
             batches,
             self.optimizer,
+            path=self.path,
             max_gradient_norm=self.settings.max_gradient_norm,
             world=self.world,
             name_rows=partial(mends.name_rows, self.inputs.rows),

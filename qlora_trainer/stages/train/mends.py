@@ -29,8 +29,8 @@ def does_not_fit(
     """A micro-batch that cannot be made smaller, with what would need less memory."""
     longest = max(len(rows[index].token_ids) for index in too_large.row_indexes)
     mends = ["lower data.window"]
-    if not settings.gradient_checkpointing:
-        mends.append("set training.gradient_checkpointing: true")
+    if settings.checkpointing != "full":
+        mends.append("set training.checkpointing: full")
     if micro_batch_size > 1:
         mends.append(f"lower training.micro_batch_size (now {micro_batch_size})")
     return (
