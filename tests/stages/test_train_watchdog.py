@@ -197,7 +197,9 @@ def test_a_validation_that_is_not_a_number_is_told(llama_folder: Path, tmp_path:
 # On the way to a rate of 0.2 the loss falls from 6.4 to 3.2 in seven steps and is back at 6.7 after fifteen.
 @pytest.mark.parametrize("action", ["stop", "warn"])
 def test_a_training_that_diverges_is_seen(action: str, llama_folder: Path, tmp_path: Path) -> None:
-    watchdog = {"divergence": action, "divergence_steps": 3, "divergence_factor": 1.1}
+    watchdog: dict[str, object] = {"divergence": action, "divergence_steps": 3, "divergence_factor": 1.1}
+    # Weights as large as these may give gradients that overflow, which is not what this test is about.
+    watchdog |= {"non_finite": "skip", "skips_in_a_row": 30}
     settings = {"max_steps": 30, "warmup_steps": 20, "schedule": "constant", "checkpoint_every_steps": 100}
     settings |= {"learning_rate": 0.2, "max_gradient_norm": 1e9}
     recipe = guarded(llama_folder, tmp_path, watchdog=watchdog, **settings)
@@ -213,8 +215,9 @@ def test_a_training_that_diverges_is_seen(action: str, llama_folder: Path, tmp_p
     else:
         result = trained(bench, recipe, inputs_for(tmp_path / "run", watcher))
         assert result.steps == 30
-        assert len(result.incidents) == len(watcher.notes) >= 1
-        assert "the loss diverges" in watcher.notes[0]
+        assert result.incidents
+        assert all("the loss diverges" in text for _, text in result.incidents)
+        assert {text for _, text in result.incidents} <= {note.split(": ", 1)[1] for note in watcher.notes}
 
 
 # The losses alone
