@@ -65,7 +65,7 @@ DOORS = {
     "accelerate": {"runners.transformers", "runners.placement"},
     "bitsandbytes": {"runtime.bnb"},
     "peft": {"stages.adapt", "formats.peft_adapter"},
-    "wandb": {"runtime.tracking"},
+    "wandb": {"runtime.wandb_run"},
     "yaml": {"recipe_file", "runtime.run_folder"},
     "compressed_tensors": {"formats.compressed_tensors"},
     "gguf": {"formats.gguf"},

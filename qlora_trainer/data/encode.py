@@ -30,6 +30,7 @@ class EncodedRow:
         prompt_ids: what generation is started with.
         prompt: what the user wrote last, for reports.
         completion: the reference text, without the stop token.
+        place: file and line, for messages; empty where they are not known.
     """
 
     token_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class EncodedRow:
     prompt_ids: tuple[int, ...]
     prompt: str
     completion: str
+    place: str = ""
 
     @property
     def label_count(self) -> int:
@@ -69,7 +71,9 @@ def encode_text(
         prompt_ids = (*beginning, *prompt)
         trained = (*completion, stop_id)
         labels = (IGNORE_INDEX,) * len(prompt_ids) + trained
-        rows.append(EncodedRow(prompt_ids + trained, labels, prompt_ids, example.prompt, example.completion))
+        rows.append(
+            EncodedRow(prompt_ids + trained, labels, prompt_ids, example.prompt, example.completion, example.place)
+        )
     return rows
 
 
@@ -83,7 +87,9 @@ def encode_documents(examples: Sequence[Example], tokenizer: TextTokenizer) -> l
     rows = []
     for example, text in zip(examples, tokenizer.encode_batch([each.completion for each in examples]), strict=True):
         token_ids = (*beginning, *text, tokenizer.eos_id)
-        rows.append(EncodedRow(token_ids, (IGNORE_INDEX, *token_ids[1:]), beginning, "", example.completion))
+        rows.append(
+            EncodedRow(token_ids, (IGNORE_INDEX, *token_ids[1:]), beginning, "", example.completion, example.place)
+        )
     return rows
 
 
@@ -123,6 +129,7 @@ def encode_cut_chats(chats: Sequence[tuple[Example, "CutChat"]], tokenizer: Text
                 ),
                 prompt=example.prompt,
                 completion=_reference(example, answer_labels, tokenizer),
+                place=example.place,
             )
         )
     return rows

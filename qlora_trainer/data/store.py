@@ -19,9 +19,9 @@ from typing import BinaryIO, Self, overload
 
 from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
 
-_RECORD = Struct("=qqiiiiiii")
+_RECORD = Struct("=qqiiiiiiii")
 """Where tokens and texts begin; number of tokens, of prompt tokens, whether these are the row's first; bytes of prompt
-and completion; label tokens; place of the first label."""
+and completion; label tokens; place of the first label; bytes of the row's place."""
 _RECORDS_AT_ONCE = 4096
 
 
@@ -56,6 +56,7 @@ class RowWriter:
             _write(self._texts, row.completion.encode()),
             row.label_count,
             first_label(row),
+            _write(self._texts, row.place.encode()),
         )
         self._tokens.write(array("i", row.token_ids + row.labels).tobytes())
         if not begins_so:
@@ -155,18 +156,20 @@ class _Files:
 
     def row(self, number: int) -> EncodedRow:
         record = _RECORD.unpack(os.pread(self._rows, _RECORD.size, number * _RECORD.size))
-        tokens_at, texts_at, count, prompt_count, begins_so, prompt_bytes, completion_bytes, _, _ = record
+        tokens_at, texts_at, count, prompt_count, begins_so, prompt_bytes, completion_bytes, _, _, place_bytes = record
         numbers = array("i")
         held = 2 * count + (0 if begins_so else prompt_count)
         numbers.frombytes(os.pread(self._tokens, held * numbers.itemsize, tokens_at))
         token_ids = tuple(numbers[:count])
-        texts = os.pread(self._texts, prompt_bytes + completion_bytes, texts_at)
+        texts = os.pread(self._texts, prompt_bytes + completion_bytes + place_bytes, texts_at)
+        completion_ends = prompt_bytes + completion_bytes
         return EncodedRow(
             token_ids=token_ids,
             labels=tuple(numbers[count : 2 * count]),
             prompt_ids=token_ids[:prompt_count] if begins_so else tuple(numbers[2 * count :]),
             prompt=texts[:prompt_bytes].decode(),
-            completion=texts[prompt_bytes:].decode(),
+            completion=texts[prompt_bytes:completion_ends].decode(),
+            place=texts[completion_ends:].decode(),
         )
 
 

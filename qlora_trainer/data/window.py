@@ -51,7 +51,14 @@ def _cut(row: EncodedRow, window: int, bos_id: int | None) -> tuple[EncodedRow, 
         return ids[:kept] + ids[kept + excess :]
 
     return (
-        EncodedRow(shorter(row.token_ids), shorter(row.labels), shorter(row.prompt_ids), row.prompt, row.completion),
+        EncodedRow(
+            token_ids=shorter(row.token_ids),
+            labels=shorter(row.labels),
+            prompt_ids=shorter(row.prompt_ids),
+            prompt=row.prompt,
+            completion=row.completion,
+            place=row.place,
+        ),
     )
 
 
@@ -64,6 +71,7 @@ def _pieces(row: EncodedRow, window: int) -> tuple[EncodedRow, ...]:
             prompt_ids=row.prompt_ids if begin == 0 else (),
             prompt="",
             completion=row.completion if begin == 0 else "",
+            place=row.place,
         )
         for begin in range(0, len(row.token_ids) - 1, step)
     )

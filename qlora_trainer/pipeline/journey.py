@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from qlora_trainer.errors import Interrupted
 from qlora_trainer.export_formats import merge_bases
 from qlora_trainer.pipeline.adapted import AdaptedModel
 from qlora_trainer.pipeline.climbing import Climbing
@@ -14,6 +15,7 @@ from qlora_trainer.preflight import predict_peak_bytes
 from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
 from qlora_trainer.runtime.device import seed_everything, set_threads
+from qlora_trainer.runtime.interruption import terminable
 from qlora_trainer.runtime.progress import Observer, Silent
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
 from qlora_trainer.runtime.run_log import logged_to
@@ -42,19 +44,23 @@ def run(
         The report, or None where ``until`` ends before it.
 
     Raises:
-        TrainerError: see ``errors``; whatever was finished stays and is not repeated.
+        TrainerError: see ``errors``; whatever was finished stays and is not repeated. SIGTERM is such an error too.
     """
     set_threads(recipe.run.threads)
     seed_everything(recipe.run.seed)
     ground = prepare(recipe, trust_remote_code=trust_remote_code)
     root = Path(recipe.run.folder) / recipe.run.name
     with (
+        terminable(),
         RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
         logged_to(folder.log),
     ):
         journey = Journey(recipe, ground, folder, observer or Silent(), trust_remote_code=trust_remote_code)
         try:
             return journey.travel(until)
+        except (Interrupted, KeyboardInterrupt):
+            journey.end_tracking(in_a_hurry=True)
+            raise
         finally:
             journey.end_tracking()
 
@@ -345,10 +351,10 @@ class Journey:
             config=self.recipe.model_dump(mode="json"),
         )
 
-    def end_tracking(self) -> None:
+    def end_tracking(self, *, in_a_hurry: bool = False) -> None:
         """Closes the tracker where one was opened."""
         if "tracker" in vars(self):
-            self.tracker.finish()
+            self.tracker.finish(in_a_hurry=in_a_hurry)
 
     def _track(self, made: RunReport, trained: TrainedAdapter) -> None:
         columns = ("stage", "nats_per_token", "low", "high", "kl_to_trained", "bytes", "tokens_per_second")

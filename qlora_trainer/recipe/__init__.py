@@ -9,6 +9,7 @@ from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder
 from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
 from qlora_trainer.recipe.section import FloatType, Section
 from qlora_trainer.recipe.task import EvaluationPlan, Metric, Training
+from qlora_trainer.recipe.watchdog import Watchdog
 from qlora_trainer.recipe.whole import SHAPING_SECTIONS, Expected, Recipe, Run, Tracking
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "Sources",
     "Tracking",
     "Training",
+    "Watchdog",
     "sources_of",
 ]

@@ -9,6 +9,7 @@ from qlora_trainer.recipe.files import Calibration, Export, Ladder, Merge, Round
 from qlora_trainer.recipe.model import BaseModelSource, Lora, Quantization
 from qlora_trainer.recipe.section import Count, PositiveInt, Section
 from qlora_trainer.recipe.task import EvaluationPlan, Training
+from qlora_trainer.recipe.watchdog import Watchdog
 
 SHAPING_SECTIONS = ("run.seed", "base_model", "quantization", "lora", "data", "training")
 """What makes the trained adapter what it is; a run's folder belongs to one choice of these sections and settings."""
@@ -66,6 +67,7 @@ class Recipe(Section):
     lora: Lora = Lora()
     data: Data
     training: Training
+    watchdog: Watchdog = Watchdog()
     evaluation: EvaluationPlan = EvaluationPlan()
     merge: Merge = Merge()
     export: Export = Export()

@@ -100,6 +100,9 @@ class TrainedAdapter:
         trainable_parameters: number of trained values.
         smaller_micro_batches: ``(step, rows)``: from this step on so many rows stood in one micro-batch, fewer than
             the recipe says, because more did not fit into memory.
+        skipped_steps: ``(step, why)``: steps that changed nothing, because their gradients could not be used.
+        incidents: ``(step, what)``: what the watchdog warned of.
+        damaged_checkpoints: ``(step, what)``: checkpoints that could not be read when the run went on from that step.
     """
 
     folder: Path
@@ -116,3 +119,6 @@ class TrainedAdapter:
     resumed_at: tuple[int, ...]
     trainable_parameters: int
     smaller_micro_batches: tuple[tuple[int, int], ...] = ()
+    skipped_steps: tuple[tuple[int, str], ...] = ()
+    incidents: tuple[tuple[int, str], ...] = ()
+    damaged_checkpoints: tuple[tuple[int, str], ...] = ()

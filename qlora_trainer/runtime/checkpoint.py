@@ -10,17 +10,20 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from pickle import UnpicklingError
+from typing import NamedTuple, TypedDict
 
 import numpy
 import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from qlora_trainer.errors import RunFolderError
 from qlora_trainer.runtime.atomic import sha256_of_files, write_text, writing_folder
 from qlora_trainer.runtime.weight_files import write_tensors
 
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ADAPTER, OPTIMIZER, RANDOM, PROGRESS = "adapter.safetensors", "optimizer.pt", "random.pt", "progress.json"
 CHECKSUMS = "checksums.json"
+OVERHEAD_BYTES = 64 * 1024
+"""Headers, checksums and the CPU's generators: 25 KiB in a checkpoint of two tensors."""
 
 
 class RandomState(TypedDict):
@@ -54,6 +59,20 @@ class CheckpointState:
     optimizer: dict[str, object]
     random: RandomState
     progress: dict[str, object]
+
+
+class FoundCheckpoint(NamedTuple):
+    """A checkpoint that was read back.
+
+    Attributes:
+        step: optimizer steps done.
+        state: on the CPU.
+        damaged: a sentence for each newer checkpoint that was passed over: which, and what is wrong with it.
+    """
+
+    step: int
+    state: CheckpointState
+    damaged: tuple[str, ...]
 
 
 def capture_random() -> RandomState:
@@ -83,7 +102,8 @@ def restore_random(state: RandomState) -> None:
 def save(folder: Path, step: int, state: CheckpointState, *, keep: int) -> Path:
     """Writes a checkpoint, then removes all but the newest ``keep``, and gives its folder.
 
-    Checkpoints of later steps are removed too: only damaged ones can be there, which ``latest`` passed over.
+    Checkpoints of later steps are removed too: only damaged ones can be there, which ``latest`` passed over. So are
+    half-written ones, which a killed process has left.
 
     Args:
         folder: holds the checkpoints of a run.
@@ -108,20 +128,40 @@ def save(folder: Path, step: int, state: CheckpointState, *, keep: int) -> Path:
     for saved, old in _newest_first(folder):
         if saved not in kept:
             shutil.rmtree(old)
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial)
     return place
 
 
-def latest(folder: Path) -> tuple[int, CheckpointState] | None:
-    """The newest whole checkpoint as ``(step, state)``, on the CPU; None where there is none.
+def latest(folder: Path) -> FoundCheckpoint | None:
+    """The newest whole checkpoint; None where there is no checkpoint at all.
 
-    A damaged one is passed over with a warning, so that the run goes on from the one before it.
+    Damaged ones are passed over with a warning, so that the run goes on from the one before them.
+
+    Raises:
+        RunFolderError: there are checkpoints and all are damaged, or a whole one cannot be read by this torch.
     """
+    damaged: list[str] = []
     for step, place in _newest_first(folder):
         problem = _damage(place)
         if problem is None:
-            return step, _read(place)
-        logger.warning("%s is damaged and passed over (%s); training goes on from an earlier state", place, problem)
+            return FoundCheckpoint(step, _read(place), tuple(damaged))
+        damaged.append(f"{place.name} is damaged ({problem})")
+        logger.warning("%s is damaged and passed over: %s", place, problem)
+    if damaged:
+        # A process that is killed leaves no damaged checkpoint: it is a disk or a copy that failed, and whoever runs
+        # this may have another copy. Beginning anew would write over the rest of what was trained.
+        raise RunFolderError(
+            f"{folder}: none of its {len(damaged)} checkpoints is whole: {'; '.join(damaged)}. Put them back from a "
+            "copy, or delete that folder to train from the beginning."
+        )
     return None
+
+
+def size_on_disk(state: CheckpointState) -> int:
+    """Bytes that a checkpoint takes, a little more than less."""
+    tensors = [*state.adapter.values(), *_tensors_in(state.optimizer), *state.random["cuda"]]
+    return sum(tensor.nbytes for tensor in tensors) + len(json.dumps(state.progress)) + OVERHEAD_BYTES
 
 
 def _newest_first(folder: Path) -> list[tuple[int, Path]]:
@@ -136,19 +176,41 @@ def _damage(place: Path) -> str | None:
         wanted = TypeAdapter(dict[str, str]).validate_json((place / CHECKSUMS).read_bytes())
     except (OSError, ValidationError):
         return f"{CHECKSUMS} is missing or damaged"
-    found = sha256_of_files(place)
+    try:
+        found = sha256_of_files(place)
+    except OSError as error:
+        return f"it cannot be read: {error}"
     wrong = [name for name in (ADAPTER, OPTIMIZER, RANDOM, PROGRESS) if wanted.get(name, "") != found.get(name)]
     return f"{CHECKSUMS} does not agree with {', '.join(wrong)}" if wrong else None
 
 
 def _read(place: Path) -> CheckpointState:
-    # Read into memory rather than mapped: rotation may remove the file while its tensors are in use.
-    return CheckpointState(
-        adapter=load((place / ADAPTER).read_bytes()),
-        optimizer=torch.load(place / OPTIMIZER, map_location="cpu", weights_only=True),
-        random=torch.load(place / RANDOM, map_location="cpu", weights_only=True),
-        progress=json.loads((place / PROGRESS).read_bytes()),
-    )
+    """A checkpoint whose checksums agree."""
+    try:
+        # Read into memory rather than mapped: rotation may remove the file while its tensors are in use.
+        return CheckpointState(
+            adapter=load((place / ADAPTER).read_bytes()),
+            optimizer=torch.load(place / OPTIMIZER, map_location="cpu", weights_only=True),
+            random=torch.load(place / RANDOM, map_location="cpu", weights_only=True),
+            progress=json.loads((place / PROGRESS).read_bytes()),
+        )
+    except (RuntimeError, UnpicklingError, SafetensorError, ValueError) as error:
+        raise RunFolderError(
+            f"{place} is as it was written, but torch {torch.__version__} cannot read it: {error}. Go on with the "
+            "version that wrote it (environment.json names it), or give the run another run.name."
+        ) from error
+
+
+def _tensors_in(tree: object) -> Iterator[Tensor]:
+    """All tensors of nested mappings and lists."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors_in(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors_in(value)
 
 
 def _write_object(path: Path, content: Mapping[str, object]) -> None:

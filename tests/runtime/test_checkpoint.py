@@ -68,7 +68,7 @@ def test_a_resumed_training_goes_on_to_the_same_bits(tmp_path, name, device):
     whole = Training(name, device).steps(5)
     save(tmp_path, 5, whole.state(), keep=1)
     whole.steps(5)
-    step, state = latest(tmp_path)
+    step, state, _ = latest(tmp_path)
     resumed = Training(name, device).restore(state).steps(5)
     assert step == 5
     assert_equal_bits(resumed.model.state_dict(), whole.model.state_dict())
@@ -80,7 +80,7 @@ def test_the_test_above_sees_a_lost_part(tmp_path, name):
     whole = Training(name).steps(5)
     save(tmp_path, 5, whole.state(), keep=1)
     whole.steps(5)
-    _, state = latest(tmp_path)
+    _, state, _ = latest(tmp_path)
     forgetful = Training(name)
     forgetful.model.load_state_dict(state.adapter)
     restore_random(state.random)
@@ -90,7 +90,7 @@ def test_the_test_above_sees_a_lost_part(tmp_path, name):
 
 def test_eight_bit_state_is_saved_in_eight_bits(tmp_path):
     save(tmp_path, 1, Training("adamw_8bit").steps(1).state(), keep=1)
-    _, state = latest(tmp_path)
+    _, state, _ = latest(tmp_path)
     tensors = flat_tensors(state.optimizer)
     assert {"state1", "state2", "absmax1", "qmap1"} <= {path.split("/")[-1] for path in tensors}
     assert sum(tensor.dtype == torch.uint8 and tensor.shape == (128, 64) for tensor in tensors.values()) == 2
@@ -99,7 +99,7 @@ def test_eight_bit_state_is_saved_in_eight_bits(tmp_path):
 def test_what_was_saved_is_read_back(tmp_path):
     state = Training("adamw").steps(1).state(curve=[[1, 0.1, None]], seconds=1 / 3)
     save(tmp_path, 120, state, keep=1)
-    step, back = latest(tmp_path)
+    step, back, _ = latest(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000120"]
     assert (step, back.progress) == (120, {"curve": [[1, 0.1, None]], "seconds": 1 / 3})
     assert_equal_bits(back.adapter, state.adapter)
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(three, small_state):
 
 
 def test_a_removed_checkpoint_may_still_be_in_use(three):
-    _, state = latest(three)
+    _, state, _ = latest(three)
     shutil.rmtree(three)
     assert all(torch.isfinite(tensor).all() for tensor in state.adapter.values())
 
@@ -224,7 +224,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoints(three, sm
     child = subprocess.run([sys.executable, "-c", KILLED, str(three), "40"], check=False)
     assert child.returncode == -signal.SIGKILL
     assert ".step-000040.partial" in names(three)
-    found, state = latest(three)
+    found, state, _ = latest(three)
     assert found == 30
     assert_equal_bits(state.adapter, small_state.adapter)
     save(three, 40, small_state, keep=1)

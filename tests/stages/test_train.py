@@ -208,8 +208,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_rows(llama
         with torch.no_grad():
             model.get_parameter(next(name for name, _ in model.named_parameters() if "lora_A" in name)).fill_(math.nan)
 
-    with pytest.raises(TrainingError, match=r"step 3 of 4.*not a finite number.*rows \d+ \('prompt'\)"):
-        train.train(model, recipe, inputs_for(tmp_path / "run", Watcher(at_step={2: spoil})))
+    with pytest.raises(TrainingError, match=r"step 2 of 4.*not a finite number.*rows \d+ \('prompt'\)"):
+        train.train(model, recipe, inputs_for(tmp_path / "run", Watcher(at_step={1: spoil})))
 
 
 def test_checkpoints_of_another_recipe_are_refused(llama_folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from qlora_trainer.stages.report.export_figures import Yardstick, export_figures
 from qlora_trainer.stages.report.gap import compute_gap
 from qlora_trainer.stages.report.inputs import TRAINED, Circumstances, Measurements, stage_of
 from qlora_trainer.stages.report.sentence import Asked, in_words
+from qlora_trainer.stages.report.setbacks import setbacks
 
 
 def compose(*, measurements: Measurements, circumstances: Circumstances, resampling: Resampling) -> RunReport:
@@ -63,7 +64,7 @@ def compose(*, measurements: Measurements, circumstances: Circumstances, resampl
         quantization=_quantization(measured.quantized),
         expected=compare(expected, stages, seconds=circumstances.seconds, peak_bytes=peak_bytes),
         environment=dict(circumstances.environment),
-        warnings=(*circumstances.warnings, *lost, *notes, *not_measured(expected, stages)),
+        warnings=(*circumstances.warnings, *setbacks(measured.trained), *lost, *notes, *not_measured(expected, stages)),
         merge_base={} if measured.merged is None else dict(measured.merged.validation_nats),
     )
 

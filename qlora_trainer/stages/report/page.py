@@ -205,6 +205,8 @@ def _details(export: ExportFigures, report: RunReport, *, quantized_base: str) -
 def _training(report: RunReport, trained: TrainedAdapter) -> Iterable[Fact]:
     figures = report.training
     yield Fact("Optimizer steps", count_of(figures.steps), _resumed(trained.resumed_at))
+    if trained.skipped_steps:
+        yield Fact("Skipped steps", count_of(len(trained.skipped_steps)), "changed nothing", "warn")
     if trained.smaller_micro_batches:
         yield Fact("Micro-batch made smaller", *_smaller(trained.smaller_micro_batches))
     yield Fact("Trained values", count_of(figures.trainable_parameters), "adapter parameters")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.data.batches import Batch
-from qlora_trainer.errors import TrainingError
 from qlora_trainer.runners.causal_lm import LossPath
 from qlora_trainer.runtime.device import World
 from qlora_trainer.stages.train.recovery import MicroBatchTooLargeError, is_lack_of_memory
+from qlora_trainer.stages.train.watchdog import require_sound
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def optimizer_step(
         name_rows: row indexes to words, for messages.
 
     Raises:
-        TrainingError: loss or gradients are not finite; nothing was stepped. Names the rows.
+        UnsoundStepError: loss or gradients are not finite, or all gradients are zero; nothing was stepped, gradients
+            are left. Names the rows.
         MicroBatchTooLargeError: a batch does not fit into memory; nothing was stepped, gradients are left.
     """
     device = next(model.parameters()).device
@@ -67,11 +68,8 @@ def optimizer_step(
         if parameter.grad is not None:
             world.sum_(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(trained, max_gradient_norm)
-    # The one wait for the device in a step: a norm that is not finite also tells of a loss that is not, and
-    # must be known before the optimizer's state is spoilt.
-    if not torch.isfinite(norm):
-        optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(_not_finite(batches, losses, norm, name_rows))
+    # The one wait for the device in a step.
+    require_sound(batches, losses, norm, name_rows)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
@@ -99,14 +97,3 @@ def _both_passes(model: nn.Module, batch: Batch, share: Tensor, path: LossPath) 
         nats = path.summed_nats(model, batch.token_ids, batch.labels, boundaries=batch.boundaries)
         torch.autograd.backward(nats * share)
     return nats.detach()
-
-
-def _not_finite(
-    batches: Sequence[Batch], losses: Sequence[Tensor], norm: Tensor, name_rows: Callable[[Sequence[int]], str]
-) -> str:
-    bad = [batch for batch, nats in zip(batches, losses, strict=True) if not torch.isfinite(nats)]
-    if bad:
-        rows = [index for batch in bad for index in batch.row_indexes]
-        return f"the loss is not a finite number; micro-batch of training {name_rows(rows)}"
-    rows = [index for batch in batches for index in batch.row_indexes]
-    return f"the gradient norm is {float(norm)} although the loss is finite; training {name_rows(rows)}"

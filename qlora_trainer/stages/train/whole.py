@@ -42,6 +42,9 @@ def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAd
         resumed_at=tuple(progress.resumed_at),
         trainable_parameters=sum(parameter.numel() for parameter in trainable.values()),
         smaller_micro_batches=tuple(progress.smaller_micro_batches),
+        skipped_steps=tuple(progress.skipped_steps),
+        incidents=tuple(progress.incidents),
+        damaged_checkpoints=tuple(progress.damaged_checkpoints),
     )
 
 
