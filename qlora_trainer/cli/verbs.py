@@ -119,6 +119,17 @@ Example:
 
 Next: qlora-trainer run RECIPE"""
 
+EVENTS_SHORT_HELP = "List what --json prints."
+
+EVENTS_HELP = """What `--json` prints: every event with its fields.
+
+One JSON object a line on standard output; errors and warnings stand on standard error as well. Fields may be added in
+later versions; none changes its meaning or goes.
+
+\b
+Example:
+  qlora-trainer run recipes/quickstart.yaml --json | while read -r line; do ...; done"""
+
 RECIPES_SHORT_HELP = "List recipes, or document every setting."
 
 RECIPES_HELP = """List recipes with their base, data and expected figures; or document every setting.

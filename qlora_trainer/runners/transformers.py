@@ -22,6 +22,7 @@ from transformers.utils import logging as library_logging
 from qlora_trainer.errors import BaseModelError, MissingPackageError
 from qlora_trainer.runtime import bnb
 from qlora_trainer.runtime.device import choose_device
+from qlora_trainer.runtime.progress import working
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _fill_buffers(model: Any) -> None:
 def _loaded(model_class: Any, folder: Path | None, *, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
     where = folder or "the given weights"
     try:
-        with _silenced():
+        with working("loading weights"), _silenced():
             # Shapes that do not fit are let through here so that all of them can be named below.
             model, found = model_class.from_pretrained(
                 folder,

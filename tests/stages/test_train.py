@@ -18,7 +18,7 @@ from qlora_trainer.numerics.loss import IGNORE_INDEX
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import TrainedAdapter
 from qlora_trainer.runtime.device import World
-from qlora_trainer.runtime.progress import TrainingProgress
+from qlora_trainer.runtime.progress import TrainingProgress, WorkProgress
 from qlora_trainer.runtime.tracking import Tracker
 from qlora_trainer.stages import evaluate, train
 from qlora_trainer.stages.train import TrainingInputs
@@ -43,6 +43,8 @@ class Watcher:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def work(self, progress: WorkProgress) -> None: ...
 
     def stage_started(self, name: str) -> None: ...
 

@@ -11,6 +11,7 @@ from qlora_trainer.data.batches import collate, evaluation_batches
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.numerics.loss import nats_by_row
 from qlora_trainer.runners.causal_lm import label_logits
+from qlora_trainer.runtime.progress import counted
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def row_losses(model: nn.Module, rows: Sequence[EncodedRow], *, batch_size: int,
     device = next(model.parameters()).device
     nats = [0.0] * len(rows)
     began = time.perf_counter()
-    for indexes in evaluation_batches([len(row.token_ids) for row in rows], batch_size):
+    batches = evaluation_batches([len(row.token_ids) for row in rows], batch_size)
+    for indexes in counted(batches, "scoring", unit="rows", total=len(rows), size=len):
         batch = collate(rows, indexes, pad_id)
         logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
         for index, value in zip(indexes, nats_by_row(logits, labels).tolist(), strict=True):
