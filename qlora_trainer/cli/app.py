@@ -125,15 +125,17 @@ def _carry_out(verb: Verb, path: Path, overrides: Sequence[str], *, trust_remote
     from qlora_trainer.cli.voices import Outcome  # noqa: PLC0415
     from qlora_trainer.recipe_file import load  # noqa: PLC0415
     from qlora_trainer.runtime.memory import PeakMemory  # noqa: PLC0415
+    from qlora_trainer.runtime.progress import watched_by, working  # noqa: PLC0415
 
     began = time.monotonic()
     recipe = load(path, overrides)
     folder = Path(recipe.run.folder) / recipe.run.name
     voice.began(path, folder)
-    # Here, after the recipe was found good: torch and its libraries take seconds.
-    from qlora_trainer import pipeline  # noqa: PLC0415
-
     with PeakMemory() as memory, voice.watching() as observer:
+        # Here, after the recipe was found good: torch and its libraries take seconds.
+        with watched_by(observer), working("loading libraries"):
+            from qlora_trainer import pipeline  # noqa: PLC0415
+
         report = pipeline.run(recipe, until=verb.until, observer=observer, trust_remote_code=trust_remote_code)
     exit_code = 0 if report is None else ENDINGS.get(report.status, 0)
     following = _command(verb.following or "report", path, overrides)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from qlora_trainer.cli.screen import duration, printable, size, write
@@ -112,12 +112,11 @@ class LiveWatch:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        # One line each, however narrow the terminal: what does not fit is cut and marked.
-        cut = {"no_wrap": True, "overflow": "ellipsis"}
         self.display = Progress(
-            TextColumn("{task.description}", markup=False, table_column=Column(**cut)),  # type: ignore[arg-type] # as Column names them
+            TextColumn("{task.description}", markup=False, table_column=_cut()),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}", markup=False, table_column=Column(**cut)),  # type: ignore[arg-type] # as Column names them
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}", markup=False, table_column=_cut()),
             console=console,
             transient=True,
         )
@@ -152,14 +151,14 @@ class LiveWatch:
         if progress.done == progress.total:
             self._end_work(progress.what)
             return
-        task = self._works.get(progress.what)
-        if task is None:
+        is_new = progress.what not in self._works
+        if is_new:
             indent = "  " * len(self._stages)
-            task = self._works[progress.what] = self.display.add_task(indent + progress.what, total=None, figures="")
-            pace.spoke_at = now - SECONDS_BETWEEN_LIVE_FIGURES
-        if now - pace.spoke_at >= SECONDS_BETWEEN_LIVE_FIGURES:
+            self._works[progress.what] = self.display.add_task(indent + progress.what, total=None, figures="")
+        if is_new or now - pace.spoke_at >= SECONDS_BETWEEN_LIVE_FIGURES:
             pace.spoke_at = now
             figures = _work_figures(progress, pace.per_second(progress, now))
+            task = self._works[progress.what]
             self.display.update(task, total=progress.total, completed=progress.done, figures=figures)
 
     def note(self, text: str) -> None:
@@ -174,6 +173,11 @@ class LiveWatch:
     def _end_works(self) -> None:
         for what in list(self._works):
             self._end_work(what)
+
+
+def _cut() -> Column:
+    """A column that keeps to one line, however narrow the terminal: what does not fit is cut and marked."""
+    return Column(no_wrap=True, overflow="ellipsis")
 
 
 def seconds_left(progress: WorkProgress, per_second: float | None) -> float | None:

@@ -14,7 +14,7 @@ from qlora_trainer.preflight import predict_peak_bytes
 from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
 from qlora_trainer.runtime.device import seed_everything, set_threads
-from qlora_trainer.runtime.progress import Observer, Silent, watched_by
+from qlora_trainer.runtime.progress import Observer, Silent, watched_by, working
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
 from qlora_trainer.runtime.run_log import logged_to
 from qlora_trainer.runtime.tracking import Tracker
@@ -46,19 +46,20 @@ def run(
     """
     set_threads(recipe.run.threads)
     seed_everything(recipe.run.seed)
-    ground = prepare(recipe, trust_remote_code=trust_remote_code)
     told = observer or Silent()
     root = Path(recipe.run.folder) / recipe.run.name
-    with (
-        RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
-        logged_to(folder.log),
-        watched_by(told),
-    ):
-        journey = Journey(recipe, ground, folder, told, trust_remote_code=trust_remote_code)
-        try:
-            return journey.travel(until)
-        finally:
-            journey.end_tracking()
+    with watched_by(told):
+        with working("reading the base and the rows"):
+            ground = prepare(recipe, trust_remote_code=trust_remote_code)
+        with (
+            RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
+            logged_to(folder.log),
+        ):
+            journey = Journey(recipe, ground, folder, told, trust_remote_code=trust_remote_code)
+            try:
+                return journey.travel(until)
+            finally:
+                journey.end_tracking()
 
 
 class Journey:
