@@ -16,6 +16,8 @@ from qlora_trainer.runtime.progress import Observer, TrainingProgress, WorkProgr
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 SECONDS_BETWEEN_LIVE_FIGURES = 0.2
 NAME_WIDTH = 40
+WIDE = 100
+"""Columns from which bars are long; in fewer the figures need the room."""
 
 
 @contextmanager
@@ -114,7 +116,7 @@ class LiveWatch:
         self.console = console
         self.display = Progress(
             TextColumn("{task.description}", markup=False, table_column=_cut()),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= WIDE else 10),
             TimeElapsedColumn(),
             TextColumn("{task.fields[figures]}", markup=False, table_column=_cut()),
             console=console,
@@ -126,8 +128,10 @@ class LiveWatch:
 
     def stage_started(self, name: str) -> None:
         """Shows the stage at work, below the one that it is a part of."""
-        indent = "  " * len(self._stages)
-        self._stages.append((name, self.display.add_task(indent + printable(name), total=None, figures="")))
+        # A part of a stage is named for it: below it the rest of the name says enough.
+        outer = self._stages[-1][0] if self._stages else ""
+        shown = "  " * len(self._stages) + printable(name.removeprefix(f"{outer} "))
+        self._stages.append((name, self.display.add_task(shown, total=None, figures="")))
 
     def stage_done(self, name: str, text: str, *, seconds: float, reused: bool) -> None:
         """Turns the stage at work into a finished line."""
