@@ -152,6 +152,7 @@ A recipe is one YAML file: base model, data, training, exports. Begin with
   qlora-trainer run recipes/quickstart.yaml      the whole way
 
 Any setting can be changed on the command line: --set training.max_steps=20
+For scripts: --quiet prints only where the report lies, --json one object a line (see `events`). NO_COLOR is respected.
 
 \b
 Exit codes:
