@@ -47,19 +47,19 @@ def run(
     set_threads(recipe.run.threads)
     seed_everything(recipe.run.seed)
     told = observer or Silent()
+    with watched_by(told), working("reading the base and the rows"):
+        ground = prepare(recipe, trust_remote_code=trust_remote_code)
     root = Path(recipe.run.folder) / recipe.run.name
-    with watched_by(told):
-        with working("reading the base and the rows"):
-            ground = prepare(recipe, trust_remote_code=trust_remote_code)
-        with (
-            RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
-            logged_to(folder.log),
-        ):
-            journey = Journey(recipe, ground, folder, told, trust_remote_code=trust_remote_code)
-            try:
-                return journey.travel(until)
-            finally:
-                journey.end_tracking()
+    with (
+        watched_by(told),
+        RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
+        logged_to(folder.log),
+    ):
+        journey = Journey(recipe, ground, folder, told, trust_remote_code=trust_remote_code)
+        try:
+            return journey.travel(until)
+        finally:
+            journey.end_tracking()
 
 
 class Journey:

@@ -164,7 +164,7 @@ def _judge(memory: tuple[Budget, ...], disk: Budget | None, found: _Findings) ->
 
 _MENDS = {
     "training": "Lower training.micro_batch_size (and raise gradient_accumulation_steps) or data.window, or set "
-    "training.gradient_checkpointing: true",
+    "training.checkpointing: full",
     "evaluation": "Lower evaluation.batch_size or data.window; the 16-bit base itself must fit",
     "rounding": "Lower calibration.rows, calibration.batch_size or data.window",
 }

@@ -61,7 +61,7 @@ def training_load(recipe: Recipe, rows: TaskRows, device: Literal["cpu", "cuda"]
         micro_batch_size=training.micro_batch_size,
         row_tokens=longest,
         label_positions=positions,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=training.checkpointing != "none",
         device=device,
     )
 

@@ -107,8 +107,13 @@ class Training(Section):
     """Decay of the first moment."""
     beta2: Share = 0.999
     """Decay of the second moment."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpointing: Literal["none", "selective", "full"] = "full"
+    """Decoder layers whose activations are computed again in the backward pass, for less memory and up to a third more
+    work: none, every second one (``selective``), or all (``full``; arXiv 1604.06174)."""
+    batching: Literal["packed", "padded"] = "packed"
+    """``packed``: rows of a micro-batch stand one behind the other, each attended to by itself, no token is padding.
+    ``padded``: side by side, as wide as the longest. The loss is the same; a model that cannot be packed is padded, and
+    the run says so."""
     log_every_steps: PositiveInt = 10
     """Steps between metrics records."""
     validate_every_steps: PositiveInt | None = None

@@ -6,7 +6,7 @@ from qlora_trainer.errors import TrainingError
 from qlora_trainer.formats.peft_adapter import AdapterSettings, factors_of, write
 from qlora_trainer.recipe import Lora, Recipe
 from qlora_trainer.records import TrainedAdapter
-from qlora_trainer.runners.causal_lm import set_checkpointing
+from qlora_trainer.runners.causal_lm import LossPath, find_loss_path, set_checkpointing
 from qlora_trainer.runtime.atomic import writing_folder
 from qlora_trainer.runtime.device import peak_allocated_bytes, reset_peak_allocated
 from qlora_trainer.runtime.memory import PeakMemory
@@ -19,11 +19,12 @@ def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAd
     """Trains the model's adapter in place and writes it; errors are those of ``run_steps``."""
     device = next(model.parameters()).device
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    set_checkpointing(model, wanted=recipe.training.gradient_checkpointing)
+    set_checkpointing(model, recipe.training.checkpointing)
+    path = _told(find_loss_path(model), recipe, inputs)
     reset_peak_allocated(device)
     with PeakMemory() as memory:
-        progress = run_steps(model, recipe, inputs, trainable=trainable)
-    set_checkpointing(model, wanted=False)
+        progress = run_steps(model, recipe, inputs, trainable=trainable, path=path)
+    set_checkpointing(model, "none")
     with writing_folder(inputs.adapter) as partial:
         write(partial, factors_of(model), _settings(recipe.lora, inputs.base_name))
     return TrainedAdapter(
@@ -42,6 +43,15 @@ def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAd
         trainable_parameters=sum(parameter.numel() for parameter in trainable.values()),
         smaller_micro_batches=tuple(progress.smaller_micro_batches),
     )
+
+
+def _told(path: LossPath, recipe: Recipe, inputs: TrainingInputs) -> LossPath:
+    """The path, after what it does not allow was said aloud."""
+    if recipe.training.batching == "packed" and not path.packs:
+        inputs.observer.note(f"rows are padded, not packed (training.batching): {path.why_not}")
+    if path.head is None:
+        inputs.observer.note(f"the logits of a whole micro-batch are held at once: {path.why_not}")
+    return path
 
 
 def _settings(lora: Lora, base_name: str) -> AdapterSettings:
