@@ -14,7 +14,7 @@ from qlora_trainer import pipeline
 from qlora_trainer.errors import DataError, Interrupted, RecipeError, RunFolderError
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import RunReport
-from qlora_trainer.runtime.progress import TrainingProgress
+from qlora_trainer.runtime.progress import TrainingProgress, WorkProgress
 from qlora_trainer.stages import export as export_stage
 
 LINEARS = (
@@ -52,6 +52,8 @@ class Watcher:
     def training(self, progress: TrainingProgress) -> None:
         if progress.step == self.stop_at_step:
             os.kill(os.getpid(), signal.SIGINT)
+
+    def work(self, progress: WorkProgress) -> None: ...
 
     def note(self, text: str) -> None: ...
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,15 +17,20 @@ from qlora_trainer import __version__
 from qlora_trainer.cli.guard import guarded
 from qlora_trainer.cli.new_verb import NEW_HELP, NEW_SHORT_HELP, new
 from qlora_trainer.cli.recipes_verb import RECIPES_HELP, RECIPES_SHORT_HELP, recipes
-from qlora_trainer.cli.screen import make_console, prepare_output, tell_error, write
+from qlora_trainer.cli.screen import make_console, prepare_output, write
 from qlora_trainer.cli.talk_verbs import add_talk_verbs
 from qlora_trainer.cli.verbs import (
     APP_HELP,
     CHECK_HELP,
     CHECK_SHORT_HELP,
+    EVENTS_HELP,
+    EVENTS_SHORT_HELP,
     VERBS,
     Verb,
 )
+
+if TYPE_CHECKING:
+    from qlora_trainer.cli.voices import Voice
 
 UNVERIFIED = 1
 """Exit code of a run that ended with a file that could not be verified."""
@@ -49,6 +54,13 @@ Overrides = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model. Read it first.")
+]
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors and warnings, and where the report lies; nothing else.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object a line, for programs; `events` lists what they hold.")
 ]
 
 
@@ -75,6 +87,7 @@ def make_app() -> typer.Typer:
     app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(recipes)
     app.command("new", help=NEW_HELP, short_help=NEW_SHORT_HELP)(new)
     add_talk_verbs(app)
+    app.command("events", help=EVENTS_HELP, short_help=EVENTS_SHORT_HELP)(_events)
     return app
 
 
@@ -89,41 +102,50 @@ def _options(
 def _stage_command(verb: Verb) -> Callable[..., None]:
     """The function behind one verb."""
 
-    def command(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: TrustRemoteCode = False) -> None:
-        with guarded():
-            _carry_out(verb, recipe, overrides, trust_remote_code=trust_remote_code)
+    def command(
+        recipe: RecipePath,
+        overrides: Overrides,
+        *,
+        trust_remote_code: TrustRemoteCode = False,
+        quiet: Quiet = False,
+        as_json: AsJson = False,
+    ) -> None:
+        from qlora_trainer.cli.voices import choose_voice  # noqa: PLC0415
+
+        voice = choose_voice(quiet=quiet, as_json=as_json)
+        with guarded(voice.failed):
+            _carry_out(verb, recipe, overrides, trust_remote_code=trust_remote_code, voice=voice)
 
     return command
 
 
-def _carry_out(verb: Verb, path: Path, overrides: Sequence[str], *, trust_remote_code: bool) -> None:
-    """Runs the stages and shows what they gave.
+def _carry_out(verb: Verb, path: Path, overrides: Sequence[str], *, trust_remote_code: bool, voice: "Voice") -> None:
+    """Runs the stages and tells what they gave.
 
     Raises:
         typer.Exit: an export could not be verified, or is below the recipe's bar.
     """
-    from qlora_trainer.cli.summary import show_report  # noqa: PLC0415
-    from qlora_trainer.cli.watching import watching  # noqa: PLC0415
+    from qlora_trainer.cli.voices import Outcome  # noqa: PLC0415
     from qlora_trainer.recipe_file import load  # noqa: PLC0415
     from qlora_trainer.runtime.memory import PeakMemory  # noqa: PLC0415
+    from qlora_trainer.runtime.progress import watched_by, working  # noqa: PLC0415
 
     began = time.monotonic()
     recipe = load(path, overrides)
-    console = make_console()
     folder = Path(recipe.run.folder) / recipe.run.name
-    write(console, f"{path} -> {folder}")
-    # Here, after the recipe was found good: torch and its libraries take seconds.
-    from qlora_trainer import pipeline  # noqa: PLC0415
+    voice.began(path, folder)
+    with PeakMemory() as memory, voice.watching() as observer:
+        # Here, after the recipe was found good: torch and its libraries take seconds.
+        with watched_by(observer), working("loading libraries"):
+            from qlora_trainer import pipeline  # noqa: PLC0415
 
-    with PeakMemory() as memory, watching(console) as observer:
         report = pipeline.run(recipe, until=verb.until, observer=observer, trust_remote_code=trust_remote_code)
+    exit_code = 0 if report is None else ENDINGS.get(report.status, 0)
+    following = _command(verb.following or "report", path, overrides)
     seconds, peak_bytes = time.monotonic() - began, memory.peak_bytes()
-    if report is not None:
-        show_report(console, report, folder=folder, seconds=seconds, peak_bytes=peak_bytes)
-        if report.status in ENDINGS:
-            raise typer.Exit(ENDINGS[report.status])
-    else:
-        write(console, f"\nNext: {_command(verb.following or 'report', path, overrides)}")
+    voice.ended(Outcome(report, folder, seconds, peak_bytes, following=following, exit_code=exit_code))
+    if exit_code:
+        raise typer.Exit(exit_code)
 
 
 @contextmanager
@@ -136,24 +158,36 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def _check(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: TrustRemoteCode = False) -> None:
-    from qlora_trainer.cli.checked import show_preflight  # noqa: PLC0415
+def _check(
+    recipe: RecipePath,
+    overrides: Overrides,
+    *,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    from qlora_trainer.cli.voices import Checked, choose_voice  # noqa: PLC0415
 
-    with guarded():
+    voice = choose_voice(quiet=quiet, as_json=as_json)
+    with guarded(voice.failed):
         from qlora_trainer.preflight import check  # noqa: PLC0415
         from qlora_trainer.recipe_file import dump, load  # noqa: PLC0415
 
         loaded = load(recipe, overrides)
         with _uncollected():
             found = check(loaded, trust_remote_code=trust_remote_code)
-        console = make_console()
-        show_preflight(console, found, recipe_text=dump(loaded))
-        if found.problems:
-            count = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
-            tell_error("\n".join([f"\n{recipe}: {count}", *(f"- {problem}" for problem in found.problems)]))
-            raise typer.Exit(REFUSED)
         flag = " --trust-remote-code" if trust_remote_code else ""
-        write(console, f"\nReady: {_command('run', recipe, overrides)}{flag}")
+        following = f"{_command('run', recipe, overrides)}{flag}"
+        exit_code = REFUSED if found.problems else 0
+        voice.checked(Checked(recipe, dump(loaded), found, following=following, exit_code=exit_code))
+        if exit_code:
+            raise typer.Exit(exit_code)
+
+
+def _events() -> None:
+    from qlora_trainer.cli.json_lines import show_events  # noqa: PLC0415
+
+    show_events(make_console())
 
 
 def _command(name: str, path: Path, overrides: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Errors -> a message and an exit code."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -13,8 +13,11 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def guarded(tell: Callable[[str, int], None] | None = None) -> Iterator[None]:
     """Tells errors that the reader can mend without a traceback; all others keep theirs.
+
+    Args:
+        tell: gets the message and the exit code; None writes the message to standard error.
 
     Raises:
         typer.Exit: with the exit code of the error's class, or 130 after Ctrl-C.
@@ -22,8 +25,15 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except TrainerError as error:
-        tell_error(str(error))
+        _tell(str(error), error.exit_code, tell)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
-        tell_error("Interrupted. Finished stages are kept: run the same command again to go on.")
+        _tell("Interrupted. Finished stages are kept: run the same command again to go on.", INTERRUPTED, tell)
         raise typer.Exit(INTERRUPTED) from error
+
+
+def _tell(message: str, exit_code: int, tell: Callable[[str, int], None] | None) -> None:
+    if tell is None:
+        tell_error(message)
+    else:
+        tell(message, exit_code)

@@ -119,6 +119,17 @@ Example:
 
 Next: qlora-trainer run RECIPE"""
 
+EVENTS_SHORT_HELP = "List what --json prints."
+
+EVENTS_HELP = """What `--json` prints: every event with its fields.
+
+One JSON object a line on standard output; errors and warnings stand on standard error as well. Fields may be added in
+later versions; none changes its meaning or goes.
+
+\b
+Example:
+  qlora-trainer run recipes/quickstart.yaml --json | while read -r line; do ...; done"""
+
 APP_HELP = """QLoRA training from one recipe to verified int4 and int8 files, with the loss at every stage reported.
 
 A recipe is one YAML file: base model, data, training, exports. Begin with
@@ -131,6 +142,7 @@ A recipe is one YAML file: base model, data, training, exports. Begin with
   qlora-trainer chat runs/quickstart             talk to what came of it
 
 Any setting can be changed on the command line: --set training.max_steps=20
+For scripts: --quiet prints only where the report lies, --json one object a line (see `events`). NO_COLOR is respected.
 
 \b
 Exit codes:

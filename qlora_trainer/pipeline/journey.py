@@ -16,7 +16,7 @@ from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
 from qlora_trainer.runtime.device import seed_everything, set_threads
 from qlora_trainer.runtime.interruption import terminable
-from qlora_trainer.runtime.progress import Observer, Silent
+from qlora_trainer.runtime.progress import Observer, Silent, watched_by, working
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
 from qlora_trainer.runtime.run_log import logged_to
 from qlora_trainer.runtime.tracking import Tracker
@@ -48,14 +48,17 @@ def run(
     """
     set_threads(recipe.run.threads)
     seed_everything(recipe.run.seed)
-    ground = prepare(recipe, trust_remote_code=trust_remote_code)
+    told = observer or Silent()
+    with watched_by(told), working("reading the base and the rows"):
+        ground = prepare(recipe, trust_remote_code=trust_remote_code)
     root = Path(recipe.run.folder) / recipe.run.name
     with (
         terminable(),
+        watched_by(told),
         RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
         logged_to(folder.log),
     ):
-        journey = Journey(recipe, ground, folder, observer or Silent(), trust_remote_code=trust_remote_code)
+        journey = Journey(recipe, ground, folder, told, trust_remote_code=trust_remote_code)
         try:
             return journey.travel(until)
         except (Interrupted, KeyboardInterrupt):

@@ -24,6 +24,7 @@ from qlora_trainer.errors import BaseModelError, MissingPackageError
 from qlora_trainer.runners import placement
 from qlora_trainer.runtime import bnb
 from qlora_trainer.runtime.device import choose_device
+from qlora_trainer.runtime.progress import working
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def _loaded(model_class: Any, folder: Path | None, *, dtype: torch.dtype, option
     device = choose_device()
     place = placement.place_for(_dense_bytes(folder, dtype, options), device) if device.type == "cuda" else device
     try:
-        with _silenced():
+        with working("loading weights"), _silenced():
             # Shapes that do not fit are let through here so that all of them can be named below.
             model, found = model_class.from_pretrained(
                 folder,

@@ -21,6 +21,7 @@ from qlora_trainer.numerics.low_rank import delta_weight, merged_weight, survive
 from qlora_trainer.recipe import FloatType, Recipe
 from qlora_trainer.records import BaseCheckpoint, LinearLayers, MergedModel, QuantizedModel
 from qlora_trainer.runtime.atomic import writing_folder
+from qlora_trainer.runtime.progress import counted
 from qlora_trainer.runtime.weight_files import read_tensors
 from qlora_trainer.runtime.weight_headers import read_headers
 
@@ -86,7 +87,10 @@ class MergeSource:
             on_merged: told of each adapted matrix: module name, merged weight, base weight, both float32.
             wanted: says by checkpoint name which tensors are read; None = all.
         """
-        for name, tensor in self.base_weights(wanted or every):
+        stream = self.base_weights(wanted or every)
+        if wanted is None:
+            stream = counted(stream, "merging and writing", unit="tensors", total=len(read_headers(self.base)))
+        for name, tensor in stream:
             module = name.removesuffix(".weight")
             if not name.endswith(".weight") or module not in self.layers.quantized:
                 yield name, tensor

@@ -25,7 +25,9 @@ from qlora_trainer.recipe import Lora, Quantization
 from qlora_trainer.records import BaseCheckpoint, LayerDistortion, LinearLayers, QuantizedModel
 from qlora_trainer.runtime.atomic import write_text, writing_folder
 from qlora_trainer.runtime.bnb import stored_bits
+from qlora_trainer.runtime.progress import counted
 from qlora_trainer.runtime.weight_files import read_tensors
+from qlora_trainer.runtime.weight_headers import read_headers
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +148,8 @@ class _Quantizer:
 
     def stream(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """The base's tensors; with PiSSA, adapted weights without their principal part."""
-        for name, tensor in read_tensors(folder, check_finite=True):
+        tensors = read_tensors(folder, check_finite=True)
+        for name, tensor in counted(tensors, "quantizing", unit="tensors", total=len(read_headers(folder))):
             module = name.removesuffix(".weight")
             if self.lora.init == "pissa" and module in self.adapted and name.endswith(".weight"):
                 factors = self._start_at(module, tensor)

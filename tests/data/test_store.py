@@ -28,7 +28,8 @@ def random_rows(count: int, *, tokens: int = 20) -> list[EncodedRow]:
         cut = source.randrange(len(ids) + 1)
         labels = (*[IGNORE_INDEX] * cut, *ids[cut:])
         prompt_ids = ids[:cut] if number % 3 else tuple(source.randrange(9) for _ in range(source.randrange(4)))
-        rows.append(EncodedRow(ids, labels, prompt_ids, f"Frage 한글 🙂 {number}" if number % 5 else "", "ü" * cut))
+        prompt = f"Frage 한글 🙂 {number}" if number % 5 else ""
+        rows.append(EncodedRow(ids, labels, prompt_ids, prompt, "ü" * cut, f"größe.jsonl:{number}"))
     return rows
 
 

@@ -19,7 +19,7 @@ from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import TrainedAdapter
 from qlora_trainer.runners.causal_lm import find_loss_path
 from qlora_trainer.runtime.device import World
-from qlora_trainer.runtime.progress import TrainingProgress
+from qlora_trainer.runtime.progress import TrainingProgress, WorkProgress
 from qlora_trainer.runtime.tracking import Tracker
 from qlora_trainer.stages import evaluate, train
 from qlora_trainer.stages.train import TrainingInputs
@@ -44,6 +44,8 @@ class Watcher:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def work(self, progress: WorkProgress) -> None: ...
 
     def stage_started(self, name: str) -> None: ...
 

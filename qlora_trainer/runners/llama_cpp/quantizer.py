@@ -9,6 +9,7 @@ import torch
 from qlora_trainer.errors import VerificationError
 from qlora_trainer.runners.llama_cpp.library import library, metadata, open_model
 from qlora_trainer.runtime.atomic import writing_file
+from qlora_trainer.runtime.progress import working
 
 KQuant = Literal["q4_k_m", "q5_k_m", "q6_k"]
 
@@ -39,7 +40,8 @@ def requantize(source: Path, target: Path, kind: KQuant) -> None:
     }[kind]
     settings.nthread = torch.get_num_threads()
     with writing_file(target) as partial:
-        code = llama.door.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(settings))
+        with working("llama.cpp is rounding"):
+            code = llama.door.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(settings))
         if code != 0:
             raise VerificationError(f"{source}: llama.cpp cannot quantize this file to {kind}: {llama.said()}")
 

@@ -17,6 +17,7 @@ from qlora_trainer.numerics.loss import IGNORE_INDEX, kl_to
 from qlora_trainer.records import Fidelity
 from qlora_trainer.runners.causal_lm import label_logits
 from qlora_trainer.runtime.atomic import writing_folder
+from qlora_trainer.runtime.progress import counted
 from qlora_trainer.runtime.weight_files import read_tensors, write_shards
 
 
@@ -84,7 +85,8 @@ def _label_logits_in_order(
     model.eval()
     device = next(model.parameters()).device
     by_row: dict[int, Tensor] = {}
-    for indexes in evaluation_batches([len(row.token_ids) for row in rows], batch_size):
+    batches = evaluation_batches([len(row.token_ids) for row in rows], batch_size)
+    for indexes in counted(batches, "reading distributions", unit="rows", total=len(rows), size=len):
         batch = collate(rows, indexes, pad_id)
         logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
         for place, index in enumerate(indexes):

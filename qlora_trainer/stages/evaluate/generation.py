@@ -10,6 +10,7 @@ from qlora_trainer.data.batches import evaluation_batches
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.runners.transformers import generate_greedy
+from qlora_trainer.runtime.progress import counted
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def answer(model: nn.Module, rows: Sequence[EncodedRow], decoding: Decoding) -> 
     texts = [""] * len(rows)
     new_tokens = 0
     began = time.perf_counter()
-    for indexes in evaluation_batches([len(row.prompt_ids) for row in rows], decoding.batch_size):
+    batches = evaluation_batches([len(row.prompt_ids) for row in rows], decoding.batch_size)
+    for indexes in counted(batches, "generating", unit="answers", total=len(rows), size=len):
         outputs = generate_greedy(
             model,
             [list(rows[index].prompt_ids) for index in indexes],

@@ -11,6 +11,7 @@ from qlora_trainer.data.batches import collate, evaluation_batches
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.data.store import row_label_counts, row_lengths
 from qlora_trainer.runners.causal_lm import find_loss_path
+from qlora_trainer.runtime.progress import counted
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def row_losses(model: nn.Module, rows: Sequence[EncodedRow], *, batch_size: int,
     path = find_loss_path(model)
     nats = [0.0] * len(rows)
     began = time.perf_counter()
-    for indexes in evaluation_batches(row_lengths(rows), batch_size):
+    batches = evaluation_batches(row_lengths(rows), batch_size)
+    for indexes in counted(batches, "scoring", unit="rows", total=len(rows), size=len):
         batch = collate(rows, indexes, pad_id)
         for index, value in zip(indexes, path.nats_by_row(model, batch.token_ids, batch.labels), strict=True):
             nats[index] = value

@@ -21,6 +21,7 @@ from qlora_trainer.numerics.merging import quantized_merged_product
 from qlora_trainer.recipe import Rounding
 from qlora_trainer.runners import transformers as runner
 from qlora_trainer.runners.causal_lm import label_logits
+from qlora_trainer.runtime.progress import counted
 from qlora_trainer.stages.export.inputs import ExportInputs
 
 RATE_SHARE = 0.15
@@ -101,7 +102,7 @@ def _train(model: nn.Module, layers: dict[str, AwareLinear], inputs: ExportInput
     plan = BatchPlan(micro, max(1, data.batch_size // micro), data.seed)
     lengths = row_lengths(data.rows)
     device = next(model.parameters()).device
-    for step in range(steps):
+    for step in counted(range(steps), "training to be rounded", unit="steps", total=steps):
         # The rows that training would have gone on with.
         batches = [
             collate(data.rows, indexes, data.pad_id)

@@ -21,6 +21,7 @@ from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round_to_nearest
 from qlora_trainer.runners.blocks import BlockwiseModel, Start
 from qlora_trainer.runtime.device import choose_device
+from qlora_trainer.runtime.progress import counted
 from qlora_trainer.stages.export.calibration import CalibrationBatch, calibration_batches
 from qlora_trainer.stages.export.inputs import ExportInputs
 from qlora_trainer.stages.export.rounded import OUTSIDE, RoundedModel
@@ -143,8 +144,9 @@ def round_blocks(bench: Bench, into: MergeBase, spec: GridSpec, method: BlockMet
         method: rounds one block.
         target: gets the blocks.
     """
+    blocks = len(bench.model.block_names)
     streams = _Streams([start.hidden for start in bench.starts], [start.hidden for start in bench.starts])
-    for index in range(len(bench.model.block_names)):
+    for index in counted(range(blocks), "rounding", unit="blocks", total=blocks):
         # A function of its own, so that nothing of a block is in memory when the next one is read.
         streams = _round_block(bench, index, into, method, target, streams)
     round_outside(bench, into, spec, target)
@@ -209,7 +211,8 @@ def round_outside(bench: Bench, into: MergeBase, spec: GridSpec, target: Rounded
 def trained_ends(bench: Bench) -> list[Tensor]:
     """Hidden states of the trained function after the last block, one tensor a batch."""
     hidden = [start.hidden for start in bench.starts]
-    for index in range(len(bench.model.block_names)):
+    blocks = len(bench.model.block_names)
+    for index in counted(range(blocks), "running the trained model", unit="blocks", total=blocks):
         hidden = _behind(bench, index, hidden)
     return hidden
 

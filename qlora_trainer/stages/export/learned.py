@@ -13,6 +13,7 @@ from torch import Tensor
 from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight
 from qlora_trainer.numerics.rounding import LearnedRounding, hard, initial, sign_step, soft
 from qlora_trainer.recipe import Rounding
+from qlora_trainer.runtime.progress import counted
 from qlora_trainer.stages.export.blockwise import BlockAtWork, BlockMethod, RoundedBlock
 
 
@@ -30,7 +31,7 @@ def learned_method(spec: GridSpec, settings: Rounding, *, seed: int) -> BlockMet
         learned = {module: initial(work.merged[f"{module}.weight"], spec) for module in work.linears}
         steps, draw = settings.learned_steps, random.Random(f"{seed}/{work.name}")
         best, least = _hardened(work, learned, spec), _whole_loss(work, learned, wanted, spec)
-        for step in range(1, steps + 1):
+        for step in counted(range(1, steps + 1), "learning to round", unit="steps", total=steps):
             batch = draw.randrange(len(work.batches))
             with torch.enable_grad():
                 torch.autograd.backward(_loss(work, learned, wanted, batch, spec))

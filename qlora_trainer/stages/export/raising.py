@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round_to_nearest
+from qlora_trainer.runtime.progress import counted
 from qlora_trainer.stages.export.blockwise import Bench, trained_ends
 from qlora_trainer.stages.export.end_to_end import kl_and_gradients
 from qlora_trainer.stages.export.rounded import RoundedModel
@@ -74,7 +75,8 @@ def kl_shares(bench: Bench, into: MergeBase, spec: GridSpec, rounded: RoundedMod
             share = float((gradient.double() * error.double()).sum()) / len(bench.batches)
             shares[module] = shares.get(module, 0.0) + share
 
-    for batch in range(len(bench.batches)):
+    batches = len(bench.batches)
+    for batch in counted(range(batches), "finding the worst layers", unit="batches", total=batches):
         kl_and_gradients(bench, ends, batch, weights_of=weights_of, on_gradients=on_gradients)
     return shares
 

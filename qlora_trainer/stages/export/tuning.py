@@ -17,6 +17,7 @@ from qlora_trainer.numerics.affine import Grid, dequantize
 from qlora_trainer.numerics.integer_weight import GridSpec
 from qlora_trainer.numerics.scales import rescaled, tuned_scale
 from qlora_trainer.recipe import Rounding
+from qlora_trainer.runtime.progress import counted
 from qlora_trainer.runtime.weight_files import read_file, write_tensors
 from qlora_trainer.stages.export.blockwise import Bench, trained_ends
 from qlora_trainer.stages.export.end_to_end import kl_and_gradients
@@ -71,7 +72,7 @@ class ScaleTuning:
     def run(self, settings: Rounding) -> None:
         """All epochs; the rate falls linearly to zero."""
         total = settings.scale_epochs * len(self.bench.batches)
-        for step in range(total):
+        for step in counted(range(total), "tuning scales", unit="steps", total=total):
             generator = torch.Generator().manual_seed(step // len(self.bench.batches))
             order = torch.randperm(len(self.bench.batches), generator=generator).tolist()
             rate = settings.scale_learning_rate * (1 - step / total)

@@ -73,6 +73,13 @@ class LogScale:
         return [value for value in candidates if self.low <= value <= self.high]
 
 
+def padded(values: Sequence[float], *, pixels: tuple[float, float]) -> Scale:
+    """A scale that leaves a little air at both ends, also where all values are equal."""
+    low, high = min(values), max(values)
+    air = 0.06 * (high - low) or max(abs(high), 1.0) * 0.01
+    return Scale(low - air, high + air, *pixels)
+
+
 def tick_text(tick: float, ticks: Sequence[float]) -> str:
     """A tick with as many decimals as the smallest distance between ticks needs."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else abs(tick) or 1.0

@@ -1,25 +1,19 @@
 """What survived of the learned delta as inline SVG: files down, layers across, the stronger the colour the less."""
 
 from collections.abc import Sequence
-from xml.etree.ElementTree import Element, SubElement, tostring
+from xml.etree.ElementTree import Element, tostring
 
 from qlora_trainer.records import ExportFigures
-from qlora_trainer.stages.report.svg import canvas, draw_text
+from qlora_trainer.stages.report.svg import STEPS, canvas, draw_cell, draw_text
 from qlora_trainer.stages.report.wording import percent
 
 WIDTH = 1184
-NAME_WIDTH = 292
+NAME_WIDTH = 276
 HEAD = 24
 ROW = 26
 LARGEST_CELL = 60.0
 TEXT_FROM = 34.0
 """Cells of at least this width show their figure; all show it when pointed at."""
-STEPS = 10
-"""Strengths of the one colour that is used: told apart by lightness alone, so by every eye and in print."""
-
-
-STRONG = 7
-"""Strength from which figures stand in the paper's colour."""
 
 
 def survived_map(exports: Sequence[ExportFigures]) -> str:
@@ -37,13 +31,18 @@ def survived_map(exports: Sequence[ExportFigures]) -> str:
     svg = canvas((WIDTH, HEAD + ROW * len(shown) + 4), title=title)
     # Read out cell by cell, not as one picture.
     svg.set("role", "group")
+    svg.set("data-cells", "")
     _name_ends(svg, layers, end=NAME_WIDTH + cell * len(layers))
     for index, export in enumerate(shown):
         y = HEAD + ROW * index
         draw_text(svg, (NAME_WIDTH - 12, y + ROW / 2), text=export.format, css="name", anchor="end")
         for place, layer in enumerate(layers):
             if layer in export.survived:
-                _cell(svg, (NAME_WIDTH + cell * place, y), width=cell, share=export.survived[layer], tip=layer)
+                share = export.survived[layer]
+                tip = f"{export.format}, {layer}: {percent(share)} survived"
+                inside = f"{100 * share:.0f} %" if cell >= TEXT_FROM else ""
+                at, size = (NAME_WIDTH + cell * place, y + 1), (cell, ROW - 2.0)
+                draw_cell(svg, at, size=size, strength=strength(share), tip=tip, inside=inside)
     return tostring(svg, encoding="unicode")
 
 
@@ -64,20 +63,3 @@ def _name_ends(svg: Element, layers: Sequence[str], *, end: float) -> None:
         draw_text(svg, (end, HEAD / 2), text=layers[-1], css="tick", anchor="end")
     elif len(layers) > 1:
         draw_text(svg, (end + 8, HEAD + ROW / 2), text=f"to {layers[-1]}", css="tick", anchor="start")
-
-
-def _cell(svg: Element, at: tuple[float, float], *, width: float, share: float, tip: str) -> None:
-    x, y = at
-    text = f"{tip}: {percent(share)} survived"
-    level = strength(share)
-    place = {
-        "x": f"{x:.2f}",
-        "y": f"{y + 1:.1f}",
-        "width": f"{max(width - 1, width * 0.8):.2f}",
-        "height": f"{ROW - 2}",
-    }
-    box = SubElement(svg, "rect", {"class": f"heat h{level}", "role": "img", "aria-label": text, **place})
-    SubElement(box, "title").text = text
-    if width >= TEXT_FROM:
-        css = "inside strong" if level >= STRONG else "inside"
-        draw_text(svg, (x + width / 2, y + ROW / 2), text=f"{100 * share:.0f} %", css=css, anchor="middle")

@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 
 from qlora_trainer.numerics.bootstrap import Resampling
 from qlora_trainer.recipe import Expected, Ladder
-from qlora_trainer.records import Evaluation, ExportedModel, Fidelity, MergedModel, QuantizedModel, TrainedAdapter
+from qlora_trainer.records import (
+    Evaluation,
+    ExportedModel,
+    Fidelity,
+    MergedModel,
+    QuantizedModel,
+    RunReport,
+    TrainedAdapter,
+)
+from qlora_trainer.stages.report.metrics import Series
 
 BASE, QUANTIZED, TRAINED = "base_16bit", "quantized_base", "adapter_unmerged"
 EXPORT_PREFIX = "export:"
@@ -67,9 +76,28 @@ class Notes:
         resampling: how the intervals were drawn.
         audit: lines of the label-mask audit.
         example: one training row as ``(text, trained)`` pieces in order.
+        logged: what was logged while training, by name.
+        served_rank: rank of the adapter where a server can put it beside its base, else 0: vLLM knows no DoRA.
     """
 
     name: str
     resampling: Resampling
     audit: tuple[str, ...] = ()
     example: tuple[tuple[str, bool], ...] = ()
+    logged: Mapping[str, Series] = field(default_factory=dict)
+    served_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a section of the page can tell of.
+
+    Attributes:
+        report: the figures.
+        measurements: what they were composed of; gives samples, layers and the training curve.
+        notes: what only the pages show.
+    """
+
+    report: RunReport
+    measurements: Measurements
+    notes: Notes

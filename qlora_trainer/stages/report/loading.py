@@ -11,6 +11,10 @@ from qlora_trainer.records import ExportFigures
 SERVED_BY_VLLM = ("merged_16bit", "bitsandbytes_nf4", "compressed_tensors_", "gptq_")
 """Formats, or their beginnings, that vLLM documents to load from a folder as it stands."""
 
+LORA_RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What its ``--max-lora-rank`` takes."""
+UNTRIED = " (not started by this run)"
+
 
 @dataclass(frozen=True)
 class Snippet:
@@ -20,22 +24,35 @@ class Snippet:
     text: str
 
 
-def snippets(export: ExportFigures, *, quantized_base: str) -> tuple[Snippet, ...]:
-    """How to load one export with transformers, PEFT, vLLM or llama.cpp.
+def snippets(export: ExportFigures, *, quantized_base: str, served_rank: int = 0) -> tuple[Snippet, ...]:
+    """How to load one export with transformers, PEFT, vLLM or llama.cpp; a command that serves it stands last.
 
     Args:
         export: the file set.
         quantized_base: folder of the base that a ``peft_adapter`` was trained on.
+        served_rank: rank of the adapter where vLLM can serve it beside its base, else 0.
     """
     if export.format == "peft_adapter":
-        return (Snippet("PEFT", _peft(export.path, quantized_base)),)
+        return tuple(_adapter(export.path, quantized_base, served_rank))
     if export.format.startswith("gguf_"):
         return tuple(_llama_cpp(export))
     needs = " (needs: pip install gptqmodel optimum)" if export.format.startswith("gptq_") else ""
     found = [Snippet(f"transformers{needs}", _transformers(export.path))]
     if export.format.startswith(SERVED_BY_VLLM):
-        found.append(Snippet("vLLM (not started by this run)", f"vllm serve {shlex.quote(export.path)}"))
+        found.append(Snippet(f"vLLM{UNTRIED}", f"vllm serve {shlex.quote(export.path)}"))
     return tuple(found)
+
+
+def _adapter(path: str, quantized_base: str, served_rank: int) -> Iterator[Snippet]:
+    """PEFT puts an adapter onto its base; vLLM serves both side by side, with room for the rank that it is told."""
+    yield Snippet("PEFT", _peft(path, quantized_base))
+    rank = next((allowed for allowed in LORA_RANKS_OF_VLLM if allowed >= served_rank), 0)
+    if served_rank and rank:
+        modules = shlex.quote(f"adapter={path}")
+        command = (
+            f"vllm serve {shlex.quote(quantized_base)} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+        )
+        yield Snippet(f"vLLM{UNTRIED}", command)
 
 
 def _llama_cpp(export: ExportFigures) -> Iterator[Snippet]:
@@ -46,9 +63,10 @@ def _llama_cpp(export: ExportFigures) -> Iterator[Snippet]:
     if export.format == "gguf_adapter":
         base = '# A GGUF file of the base that the adapter was trained on.\nbase = "base.gguf"\n'
         yield Snippet(title, _llama(f"model_path=base, lora_path={json.dumps(file)}", before=base))
+        yield Snippet(f"llama.cpp{UNTRIED}", f"llama-server --model base.gguf --lora {shlex.quote(file)}")
         return
     yield Snippet(title, _llama(f"model_path={json.dumps(file)}"))
-    yield Snippet("llama.cpp (not started by this run)", f"llama-server --model {shlex.quote(file)}")
+    yield Snippet(f"llama.cpp{UNTRIED}", f"llama-server --model {shlex.quote(file)}")
 
 
 def _llama(arguments: str, *, before: str = "") -> str:

@@ -8,6 +8,7 @@ from qlora_trainer.records import RunReport
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages.report.figures import compose
 from qlora_trainer.stages.report.inputs import Circumstances, Measurements, Notes
+from qlora_trainer.stages.report.metrics import read_series
 from qlora_trainer.stages.report.writing import write
 
 
@@ -44,6 +45,13 @@ def make(
         ),
         resampling=resampling,
     )
-    notes = Notes(name=recipe.run.name, resampling=resampling, audit=rows.audit, example=rows.example)
+    notes = Notes(
+        name=recipe.run.name,
+        resampling=resampling,
+        audit=rows.audit,
+        example=rows.example,
+        logged=read_series(folder.metrics),
+        served_rank=0 if recipe.lora.use_dora else recipe.lora.rank,
+    )
     write(folder.root, made, measurements=measurements, notes=notes)
     return made

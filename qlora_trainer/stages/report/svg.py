@@ -7,16 +7,22 @@ from collections.abc import Sequence
 from typing import Literal
 from xml.etree.ElementTree import Element, SubElement
 
+from qlora_trainer.stages.report.visible import visible
+
 Point = tuple[float, float]
 """Pixels from the left and from the top."""
 
 DOT_RADIUS = 4.5
+STEPS = 10
+"""Strengths of the one colour of a heat map: told apart by lightness alone, so by every eye and in print."""
+STRONG = 7
+"""Strength from which figures stand in the paper's colour."""
 
 
 def canvas(size: Point, *, title: str) -> Element:
     """An empty drawing of this width and height, named by ``title`` for those who do not see it."""
     width, height = size
-    return Element("svg", {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria-label": title})
+    return Element("svg", {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria-label": visible(title)})
 
 
 def draw_line(parent: Element, points: Sequence[Point], *, css: str) -> None:
@@ -30,11 +36,43 @@ def draw_dot(parent: Element, at: Point, *, css: str, tip: str) -> None:
     """Adds a dot that tells ``tip`` when pointed at."""
     x, y = at
     dot = SubElement(parent, "circle", {"class": css, "cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{DOT_RADIUS}"})
-    SubElement(dot, "title").text = tip
+    SubElement(dot, "title").text = visible(tip)
 
 
 def draw_text(parent: Element, at: Point, *, text: str, css: str, anchor: Literal["start", "middle", "end"]) -> None:
     """Adds a text whose start, middle or end stands at the point, centred on its height."""
     x, y = at
     place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor, "dominant-baseline": "central"}
-    SubElement(parent, "text", {"class": css, **place}).text = text
+    SubElement(parent, "text", {"class": css, **place}).text = visible(text)
+
+
+def draw_bar(parent: Element, at: Point, *, size: Point, css: str, tip: str) -> None:
+    """Adds a box from its upper left corner on that tells ``tip`` when pointed at; never thinner than one pixel."""
+    (x, y), (width, height) = at, size
+    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{max(width, 1.0):.1f}", "height": f"{height:g}"}
+    SubElement(SubElement(parent, "rect", {"class": css, **place}), "title").text = visible(tip)
+
+
+def draw_cell(parent: Element, at: Point, *, size: Point, strength: int, tip: str, inside: str = "") -> None:
+    """Adds a cell of a heat map from its upper left corner on.
+
+    Args:
+        parent: the drawing.
+        at: the corner.
+        size: of the cell and the space to the next one.
+        strength: of the colour, 0 to ``STEPS - 1``.
+        tip: what it says when pointed at, and to those who do not see it.
+        inside: what stands in it.
+    """
+    (x, y), (width, height) = at, size
+    place = {
+        "x": f"{x:.2f}",
+        "y": f"{y:.1f}",
+        "width": f"{max(width - 1, width * 0.8):.2f}",
+        "height": f"{height:g}",
+    }
+    box = SubElement(parent, "rect", {"class": f"heat h{strength}", "role": "img", "aria-label": visible(tip), **place})
+    SubElement(box, "title").text = visible(tip)
+    if inside:
+        css = "inside strong" if strength >= STRONG else "inside"
+        draw_text(parent, (x + width / 2, y + height / 2), text=inside, css=css, anchor="middle")

@@ -1,18 +1,17 @@
 """The report's tables as text cells; Markdown and HTML show the same ones."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
 from qlora_trainer.export_formats import FACTS
 from qlora_trainer.records import (
-    Evaluation,
     ExpectedFigure,
     ExportFigures,
     Interval,
     LayerDistortion,
     RunReport,
-    Sample,
     StageFigures,
 )
 from qlora_trainer.stages.report.bars import bar_in_words
@@ -96,14 +95,17 @@ def gap_table(report: RunReport) -> Table:
 def exports_table(report: RunReport) -> Table:
     """Every exported file: how good, how near, how large, how it was made, and whether it may be used."""
     chosen = None if report.choice is None else report.choice.format
-    titles = ("Bits", "Size", "Gain kept", "Bar", "Loss above trained", "KL to trained, nats", "Top-1 agreement")
+    quality = ("Gain kept", "Bar", "Loss above trained", "KL to trained, nats", "Top-1 agreement")
+    titles = ("Bits", "Size", *quality, "Tokens/s")
+    stages = {stage.name: stage for stage in report.stages}
     columns = (
         Column("Format", is_number=False),
         Column("Status", is_number=False),
         *map(Column, titles),
         Column("Made by", is_number=False),
     )
-    return Table(columns, tuple(_export_row(export, is_chosen=export.format == chosen) for export in report.exports))
+    rows = (_export_row(export, stages, is_chosen=export.format == chosen) for export in report.exports)
+    return Table(columns, tuple(rows))
 
 
 def status_cell(export: ExportFigures) -> Cell:
@@ -148,27 +150,14 @@ def expected_table(figures: tuple[ExpectedFigure, ...]) -> Table:
     return Table(columns, tuple(_expected_row(figure) for figure in figures))
 
 
-def layers_table(layers: tuple[LayerDistortion, ...]) -> Table:
-    """The layers that quantization distorted most."""
+def layers_table(layers: tuple[LayerDistortion, ...], *, most: int | None = WORST_LAYERS) -> Table:
+    """The layers from the most distorted on; ``most`` of them, or all."""
     columns = (
         Column("Layer", is_number=False),
         *map(Column, ("Shape", "SQNR, dB", "Relative error", "Largest error", "Bits per parameter")),
     )
-    worst = sorted(layers, key=lambda layer: layer.sqnr_db)[:WORST_LAYERS]
+    worst = sorted(layers, key=lambda layer: layer.sqnr_db)[:most]
     return Table(columns, tuple(_layer_row(layer) for layer in worst))
-
-
-def samples_table(evaluations: tuple[Evaluation, ...]) -> Table:
-    """Outputs side by side, one row a prompt; an output equal to the reference says so instead of repeating it."""
-    shown = [evaluation for evaluation in evaluations if evaluation.samples]
-    titles = ("Prompt", "Reference", *(evaluation.stage for evaluation in shown))
-    if not shown:
-        return Table((), ())
-    rows = tuple(
-        (Cell(sample.prompt), Cell(sample.reference), *(_output(evaluation, sample) for evaluation in shown))
-        for sample in shown[0].samples
-    )
-    return Table(tuple(Column(title, is_number=False) for title in titles), rows)
 
 
 def _stage_row(stage: StageFigures, metrics: tuple[str, ...], *, verified: bool | None) -> tuple[Cell, ...]:
@@ -206,18 +195,19 @@ def _badge(verified: bool) -> Cell:  # noqa: FBT001 - the one argument is the ba
     return Cell("✓ verified", tone="good") if verified else Cell("✗ not verified", tone="bad")
 
 
-def _export_row(export: ExportFigures, *, is_chosen: bool) -> tuple[Cell, ...]:
+def _export_row(export: ExportFigures, stages: Mapping[str, StageFigures], *, is_chosen: bool) -> tuple[Cell, ...]:
     above = interval(export.loss_above_trained_interval, signed_nats)
     return (
         Cell(export.format, "recommended" if is_chosen else "", tone="good" if is_chosen else "plain"),
         status_cell(export),
         Cell(str(export.bits)),
-        Cell(size(export.bytes)),
+        Cell(size(export.bytes), f"{percent(export.bytes / stages[BASE].bytes, 0)} of the base"),
         gain_cell(export.gain_kept, export.interval),
         Cell(DASH if export.bar is None else bar_in_words(export.bar)),
         Cell(signed_nats(export.loss_above_trained), above),
         Cell(significant(export.kl_to_trained)),
         Cell(percent(export.top1_agreement, 2)),
+        _speed_cell(stages[stage_of(export.format)]),
         made_by(export),
     )
 
@@ -237,12 +227,3 @@ def _layer_row(layer: LayerDistortion) -> tuple[Cell, ...]:
         Cell(significant(layer.max_error)),
         Cell(f"{layer.bits_per_parameter:.3f}"),
     )
-
-
-def _output(evaluation: Evaluation, asked: Sample) -> Cell:
-    output = next((sample.output for sample in evaluation.samples if sample.prompt == asked.prompt), None)
-    if output is None:
-        return Cell(DASH)
-    if output.strip() == asked.reference.strip():
-        return Cell("✓ equal", tone="good")
-    return Cell(output or "(empty)")

@@ -15,8 +15,9 @@ def nats(value: float) -> str:
 
 
 def signed_nats(value: float) -> str:
-    """A difference of losses with its sign, such as ``+0.0012`` or ``-0.0003``."""
-    return f"{value:+.4f}"
+    """A difference of losses with its sign, such as ``+0.0012`` or ``-0.0003``; nothing has no sign."""
+    shown = f"{value:+.4f}"
+    return shown[1:] if float(shown) == 0 else shown
 
 
 def perplexity(nats_per_token: float) -> str:

@@ -4,10 +4,8 @@ from pathlib import Path
 
 from qlora_trainer.records import RunReport
 from qlora_trainer.runtime.atomic import write_text
-from qlora_trainer.stages.report.heatmap import survived_map
-from qlora_trainer.stages.report.inputs import Measurements, Notes
+from qlora_trainer.stages.report.inputs import Measurements, Notes, Shown
 from qlora_trainer.stages.report.page import lay_out
-from qlora_trainer.stages.report.plot import stages_plot, training_plot
 from qlora_trainer.stages.report.render_html import render_html
 from qlora_trainer.stages.report.render_json import render_json
 from qlora_trainer.stages.report.render_markdown import render_markdown
@@ -25,16 +23,10 @@ def write(folder: Path, report: RunReport, *, measurements: Measurements, notes:
     Raises:
         RunFolderError: a file cannot be written.
     """
-    page = lay_out(report, measurements=measurements, notes=notes)
-    html = render_html(
-        page,
-        stages_svg=stages_plot(report.stages),
-        training_svg=training_plot(measurements.trained.curve),
-        survived_svg=survived_map(report.exports),
-    )
+    page = lay_out(Shown(report, measurements, notes))
     write_text(folder / "report.json", _writable(render_json(report)))
     write_text(folder / "report.md", _writable(render_markdown(page)))
-    write_text(folder / "report.html", _writable(html))
+    write_text(folder / "report.html", _writable(render_html(page)))
 
 
 def _writable(text: str) -> str:

@@ -31,7 +31,7 @@ def test_each_file_has_a_row_and_each_layer_a_column(report: RunReport) -> None:
 
 def test_a_cell_says_its_figure_to_those_who_do_not_see_its_colour(report: RunReport) -> None:
     first = cells(fromstring(survived_map((wide(report, 4),))))[1]
-    assert first.get("aria-label") == first.findtext("title") == "layer.1: 25.0 % survived"
+    assert first.get("aria-label") == first.findtext("title") == "bitsandbytes_nf4, layer.1: 25.0 % survived"
     assert first.get("class") == "heat h7"
 
 

@@ -2,6 +2,8 @@ import ast
 import shlex
 from dataclasses import replace
 
+import pytest
+
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report.loading import snippets
 
@@ -44,8 +46,9 @@ def test_a_gguf_file_is_named_and_opened_by_llama_cpp(report: RunReport) -> None
 
 def test_a_gguf_adapter_is_put_beside_a_base(report: RunReport) -> None:
     adapter = replace(report.exports[0], format="gguf_adapter", path="runs/x", sha256={"adapter.gguf": "01"})
-    (snippet,) = snippets(adapter, quantized_base="base")
+    snippet, server = snippets(adapter, quantized_base="base")
     ast.parse(snippet.text)
+    assert shlex.split(server.text) == ["llama-server", "--model", "base.gguf", "--lora", "runs/x/adapter.gguf"]
     assert 'Llama(model_path=base, lora_path="runs/x/adapter.gguf")' in snippet.text
 
 
@@ -54,3 +57,15 @@ def test_a_gptq_file_names_the_packages_that_it_needs(report: RunReport) -> None
     transformers, vllm = snippets(gptq, quantized_base="base")
     assert transformers.title == "transformers (needs: pip install gptqmodel optimum)"
     assert vllm.text.startswith("vllm serve")
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, "1"), (5, "8"), (16, "16"), (100, "128")])
+def test_vllm_serves_an_adapter_beside_its_base_with_room_for_its_rank(report: RunReport, rank: int, room: str) -> None:
+    adapter = replace(report.exports[0], path="runs/a 'b'")
+    _, server = snippets(adapter, quantized_base="runs/base", served_rank=rank)
+    flags = ["--enable-lora", "--max-lora-rank", room, "--lora-modules", "adapter=runs/a 'b'"]
+    assert shlex.split(server.text) == ["vllm", "serve", "runs/base", *flags]
+
+
+def test_a_rank_that_vllm_has_no_room_for_is_not_served(report: RunReport) -> None:
+    assert len(snippets(report.exports[0], quantized_base="runs/base", served_rank=600)) == 1

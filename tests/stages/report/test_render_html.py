@@ -1,18 +1,22 @@
+import base64
+import hashlib
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import get_args
 
 import pytest
 
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes
-from qlora_trainer.stages.report.heatmap import STEPS, survived_map
-from qlora_trainer.stages.report.page import Page, lay_out
-from qlora_trainer.stages.report.plot import stages_plot, training_plot
-from qlora_trainer.stages.report.render_html import render_html
+from qlora_trainer.stages.report.blocks import Block
+from qlora_trainer.stages.report.inputs import Shown
+from qlora_trainer.stages.report.page import lay_out
+from qlora_trainer.stages.report.render_html import FOLDER, render_html
+from qlora_trainer.stages.report.svg import STEPS
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
-EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}'
+EVIL = '"></script></style></title></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}'
 
 
 class Outline(HTMLParser):
@@ -46,43 +50,44 @@ def outline(html: str) -> Outline:
     return parser
 
 
-def render(page: Page, report: RunReport, measurements: Measurements) -> str:
-    curve = training_plot(measurements.trained.curve)
-    return render_html(
-        page, stages_svg=stages_plot(report.stages), training_svg=curve, survived_svg=survived_map(report.exports)
-    )
+def render(report: RunReport, measurements: Measurements, notes: Notes) -> str:
+    return render_html(lay_out(Shown(report, measurements, notes)))
 
 
 @pytest.fixture(scope="module")
-def page(report: RunReport, measurements: Measurements, notes: Notes) -> Page:
-    return lay_out(report, measurements=measurements, notes=notes)
-
-
-@pytest.fixture(scope="module")
-def html(page: Page, report: RunReport, measurements: Measurements) -> str:
-    return render(page, report, measurements)
+def html(report: RunReport, measurements: Measurements, notes: Notes) -> str:
+    return render(report, measurements, notes)
 
 
 def test_every_element_is_closed_in_order(html: str) -> None:
     assert outline(html).open == []
 
 
-def test_the_page_asks_nothing_of_the_network_and_runs_no_script(html: str) -> None:
+def test_the_page_asks_nothing_of_the_network(html: str) -> None:
     elements = outline(html).elements
-    assert {tag for tag, _ in elements}.isdisjoint({"script", "link", "img", "iframe", "object", "embed", "form"})
-    targets = {attributes.get(name) for _, attributes in elements for name in ("src", "href", "srcset", "data")} - {
-        None
-    }
-    assert all(str(target).startswith("#") for target in targets)
-    assert re.search(r"url\(|@import|@font-face", html) is None
-    policy = next(attributes for tag, attributes in elements if attributes.get("http-equiv"))
-    assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+    assert {tag for tag, _ in elements}.isdisjoint({"link", "img", "iframe", "object", "embed", "form", "base"})
+    targets = {attributes.get(name) for _, attributes in elements for name in ("src", "href", "srcset", "data")}
+    assert all(str(target).startswith("#") for target in targets - {None})
+    assert re.search(r"url\(|@import|@font-face|fetch\(|XMLHttpRequest|WebSocket", html) is None
+
+
+def test_only_the_one_script_and_the_one_style_sheet_are_allowed_by_their_hashes(html: str) -> None:
+    elements = outline(html).elements
+    assert [tag for tag, _ in elements].count("script") == [tag for tag, _ in elements].count("style") == 1
+    policy = next(attributes for tag, attributes in elements if attributes.get("http-equiv"))["content"]
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
+    for name in ("script", "style"):
+        text = html.split(f"<{name}>")[1].split(f"</{name}>")[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert rules.pop(f"{name}-src") == f"'sha256-{digest}'"
+    assert set(rules.values()) == {"'none'"}
+    assert not any("style" in attributes for _, attributes in elements)
 
 
 def test_every_link_within_the_page_has_its_target(html: str) -> None:
     elements = outline(html).elements
     targets = {attributes["href"] for tag, attributes in elements if tag == "a"}
-    assert targets == {f"#{attributes['id']}" for _, attributes in elements if "id" in attributes}
+    assert targets == {f"#{attributes['id']}" for tag, attributes in elements if tag == "section"}
 
 
 def test_no_text_from_outside_becomes_markup(report: RunReport, measurements: Measurements, notes: Notes) -> None:
@@ -116,9 +121,10 @@ def test_no_text_from_outside_becomes_markup(report: RunReport, measurements: Me
         for evaluation in measurements.evaluations
     )
     evil = replace(measurements, evaluations=evil_samples)
-    page = lay_out(evil_report, measurements=evil, notes=replace(notes, audit=(EVIL,), example=((EVIL, True),)))
-    found = outline(render(page, evil_report, evil))
-    assert {"script", "img"}.isdisjoint(tag for tag, _ in found.elements)
+    evil_notes = replace(notes, name=EVIL, audit=(EVIL,), example=((EVIL, True),))
+    found = outline(render(evil_report, evil, evil_notes))
+    tags = [tag for tag, _ in found.elements]
+    assert (tags.count("script"), tags.count("img")) == (1, 0)
     assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
     assert found.texts.count(EVIL) > 40
 
@@ -132,7 +138,7 @@ def test_sentence_status_and_figures_are_shown(html: str, report: RunReport) -> 
 
 def test_trained_tokens_of_the_example_are_marked(html: str) -> None:
     assert "<mark>{&#34;intent&#34;: &#34;alarm&#34;" in html
-    assert html.count("<mark>") == 2
+    assert html.count("<mark>") == 1
 
 
 def test_only_the_recommended_file_is_unfolded(html: str) -> None:
@@ -145,14 +151,14 @@ def test_sections_without_content_are_left_out(report: RunReport, measurements: 
     silent = replace(
         measurements, merged=None, evaluations=tuple(replace(stage, samples=()) for stage in measurements.evaluations)
     )
-    page = lay_out(bare, measurements=silent, notes=replace(notes, audit=(), example=()))
-    ids = {attributes["id"] for _, attributes in outline(render(page, bare, silent)).elements if "id" in attributes}
+    html = render(bare, silent, replace(notes, audit=(), example=()))
+    ids = {attributes["id"] for tag, attributes in outline(html).elements if tag == "section"}
     assert ids == {"loss", "training", "quantized", "terms", "environment"}
 
 
-def test_a_failed_run_shows_its_warnings(page: Page, report: RunReport, measurements: Measurements) -> None:
-    failed = replace(page, status="failed", warnings=("first", "second"))
-    assert "<li>first</li><li>second</li>" in render(failed, report, measurements)
+def test_a_failed_run_shows_its_warnings(report: RunReport, measurements: Measurements, notes: Notes) -> None:
+    failed = replace(report, status="failed", warnings=("first", "second"))
+    assert "<li>first</li><li>second</li>" in render(failed, measurements, notes)
 
 
 def test_every_attempt_and_why_the_climb_ended_is_shown(html: str) -> None:
@@ -165,12 +171,50 @@ def test_every_attempt_and_why_the_climb_ended_is_shown(html: str) -> None:
 
 
 def test_every_cell_of_the_map_tells_its_layer_and_share(html: str, report: RunReport) -> None:
-    cells = [attributes for tag, attributes in outline(html).elements if tag == "rect" and attributes.get("role")]
+    cells = [
+        attributes for tag, attributes in outline(html).elements if "survived" in str(attributes.get("aria-label"))
+    ]
+    cells = [cell for cell in cells if cell.get("role") == "img" and "%" in str(cell["aria-label"])]
     assert len(cells) == sum(len(export.survived) for export in report.exports)
-    assert "model.layers.5.mlp.down_proj: 11.6 % survived" in {cell["aria-label"] for cell in cells}
+    assert "bitsandbytes_nf4, model.layers.5.mlp.down_proj: 11.6 % survived" in {cell["aria-label"] for cell in cells}
 
 
 def test_each_strength_of_the_map_has_its_rule_in_the_style_sheet(html: str) -> None:
     strengths = [float(found) for found in re.findall(r"\.h\d { fill-opacity: ([\d.]+); }", html)]
     assert len(strengths) == STEPS
     assert strengths == sorted(strengths)
+
+
+HIDDEN = "\x00\x1b[2J\u202e\u2066\ufeff\ud800"
+
+
+def test_hidden_characters_reach_the_page_only_spelt_out(
+    report: RunReport, measurements: Measurements, notes: Notes
+) -> None:
+    evaluations = tuple(
+        replace(each, samples=tuple(replace(sample, output=HIDDEN, prompt=HIDDEN) for sample in each.samples))
+        for each in measurements.evaluations
+    )
+    odd = replace(measurements, evaluations=evaluations)
+    html = render(replace(report, sentence=HIDDEN), odd, replace(notes, audit=(HIDDEN,), example=((HIDDEN, True),)))
+    assert not any(character in html for character in HIDDEN if not character.isprintable())
+    assert html.count(r"\x00\x1b[2J\u202e\u2066\ufeff\ud800") > 20
+
+
+def test_a_huge_output_does_not_make_a_huge_page(report: RunReport, measurements: Measurements, notes: Notes) -> None:
+    first, *rest = measurements.evaluations
+    huge = replace(first, samples=(replace(first.samples[0], output="<b>" * 3_000_000), *first.samples[1:]))
+    html = render(report, replace(measurements, evaluations=(huge, *rest)), notes)
+    assert len(html) < 2_000_000
+    assert "8,900,000 more characters are not shown here" in html
+
+
+def test_every_kind_of_block_has_its_template() -> None:
+    kinds = {kind.kind for kind in get_args(Block)}
+    assert {path.name.removesuffix(".html.j2") for path in (FOLDER / "blocks").iterdir()} == kinds
+
+
+def test_every_chart_has_a_name_for_those_who_do_not_see_it(html: str) -> None:
+    charts = [a for tag, a in outline(html).elements if tag == "svg" and a.get("role")]
+    assert len(charts) == 5
+    assert all(chart["aria-label"] for chart in charts)

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes
+from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.page import lay_out
 from qlora_trainer.stages.report.render_json import render_json
 from qlora_trainer.stages.report.render_markdown import render_markdown
@@ -73,8 +74,8 @@ def test_a_report_written_before_there_was_a_ladder_is_still_read_and_shown(
     old = TypeAdapter(RunReport).validate_python(written)
     assert old.merge_base == {}
     assert {(export.status, export.bar, export.attempts) for export in old.exports} == {("complete", None, ())}
-    page = lay_out(old, measurements=replace(measurements, merged=None), notes=notes)
-    assert (page.makings, page.merge_base, page.survived.rows) == ((), "", ())
+    page = lay_out(Shown(old, replace(measurements, merged=None), notes))
+    assert {section.name for section in page.sections}.isdisjoint({"making", "survived"})
     assert "How each file was made" not in render_markdown(page)
 
 

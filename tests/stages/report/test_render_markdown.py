@@ -1,36 +1,38 @@
 import re
+from typing import get_args
 
 import pytest
 
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes
+from qlora_trainer.stages.report.blocks import Block
+from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.page import Page, lay_out
-from qlora_trainer.stages.report.render_markdown import escape, fenced, render_markdown
+from qlora_trainer.stages.report.render_markdown import escape, fenced, render, render_markdown
 
 
 @pytest.fixture(scope="module")
 def page(report: RunReport, measurements: Measurements, notes: Notes) -> Page:
-    return lay_out(report, measurements=measurements, notes=notes)
+    return lay_out(Shown(report, measurements, notes))
 
 
 def test_the_sentence_and_every_section_are_there(page: Page) -> None:
     text = render_markdown(page)
-    assert text.startswith("# quickstart: below the bar\n\nStoring the model in 4 bits cost 0.046 nats per token;")
+    assert text.startswith("# quickstart: below the bar\n\n**Serve this file:** compressed_tensors_w8a16. The smallest")
+    assert "\n\nStoring the model in 4 bits cost 0.046 nats per token;" in text
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert sections == [
         "Loss at every stage",
-        "Promised and measured",
         "Exports",
-        "Which base the adapter went into",
-        "How each file was made",
-        "What survived of the learned delta",
+        "Sample outputs",
         "Training",
         "Data",
         "Quantized base",
-        "Sample outputs",
+        "How each file was made",
+        "What survived of the learned delta",
+        "Promised and measured",
         "What the figures mean",
-        "Environment",
-        "Resolved recipe",
+        "Environment and recipe",
     ]
 
 
@@ -49,8 +51,27 @@ def test_figures_stand_flush_right_and_words_flush_left(page: Page) -> None:
 
 def test_markup_in_a_sample_stays_text(page: Page) -> None:
     text = render_markdown(page)
-    assert "<script" not in text
-    assert r"&lt;script&gt;alert('run')&lt;/script&gt; \| \`rm\` \*\*all\*\*" in text
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "<script" not in outside
+    assert r"&lt;script&gt;alert('run')&lt;/script&gt; \| \`rm\` \*\*all\*\*" in outside
+
+
+def test_words_that_differ_are_marked_and_answers_that_do_not_are_short(page: Page) -> None:
+    text = render_markdown(page)
+    assert '<del>, "not\\_from": "savings"</del>' in text.replace("not_from", "not\\_from")
+    assert "| merged_16bit | ✓ same as adapter_unmerged |" in text
+
+
+def test_hidden_characters_are_spelt_out() -> None:
+    assert escape("a\x00\u202eb") == r"a\\x00\\u202eb"
+    assert "\x1b" not in fenced("\x1b[31m")
+
+
+def test_every_kind_of_block_is_rendered() -> None:
+    for kind in get_args(Block):
+        assert render.dispatch(kind) is not render.dispatch(object), kind
+    with pytest.raises(NotImplementedError, match="int"):
+        render(1)
 
 
 def test_lines_of_a_text_stay_within_their_cell() -> None:

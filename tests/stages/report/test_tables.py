@@ -9,7 +9,6 @@ from qlora_trainer.stages.report.tables import (
     exports_table,
     gap_table,
     layers_table,
-    samples_table,
 )
 
 
@@ -24,7 +23,6 @@ def test_every_row_of_every_table_has_a_cell_for_each_heading(report: RunReport,
         exports_table(report),
         expected_table(report.expected),
         layers_table(measurements.quantized.layers),
-        samples_table(measurements.evaluations),
     )
     for table in tables:
         assert table.rows
@@ -110,20 +108,7 @@ def test_layers_stand_from_the_most_distorted_on(measurements: Measurements) -> 
     assert len(names) == 5
 
 
-def test_outputs_equal_to_the_reference_are_marked_and_others_are_shown(measurements: Measurements) -> None:
-    table = samples_table(measurements.evaluations)
-    assert column(table, "adapter_unmerged") == [Cell("✓ equal", tone="good")] * 3
-    assert column(table, "export:bitsandbytes_nf4")[1].text == '{"intent": "transfer", "amount": 40, "to": "Ana"}'
-
-
-def test_space_around_an_output_does_not_make_it_wrong_and_an_empty_one_is_visible(measurements: Measurements) -> None:
-    stage = measurements.evaluations[2]
-    first, second, third = stage.samples
-    samples = (replace(first, output=f" {first.reference}\n"), replace(second, output=""), third)
-    cells = column(samples_table((replace(stage, samples=samples),)), "adapter_unmerged")
-    assert [cell.text for cell in cells] == ["✓ equal", "(empty)", "✓ equal"]
-
-
-def test_a_run_that_generated_nothing_has_no_samples(measurements: Measurements) -> None:
-    silent = tuple(replace(evaluation, samples=()) for evaluation in measurements.evaluations)
-    assert samples_table(silent).rows == ()
+def test_size_and_speed_stand_beside_the_quality_of_each_file(report: RunReport) -> None:
+    table = exports_table(report)
+    assert column(table, "Size")[5] == Cell("10.2 MiB", "56 % of the base")
+    assert column(table, "Tokens/s")[5] == Cell("5,210", "148 generated")
