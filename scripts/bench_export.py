@@ -65,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
             "lora": {"use_rslora": False, "alpha": 32.0},
             "data": {"window": 320},
             "training": {"max_steps": 100, "micro_batch_size": 16, "gradient_accumulation_steps": 1,
-                         "gradient_checkpointing": False, "schedule": "cosine"},
+                         "checkpointing": "none", "schedule": "cosine"},
             "run": {"threads": 1},
         },
     },

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -45,6 +45,14 @@ Overrides = Annotated[
         default_factory=list,
         show_default=False,
     ),
+]
+PlannedMemory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Plan for so much memory, such as 24GiB; absent = what is free."),
+]
+PlannedDevice = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option("--device", help="Plan for a processor or for a GPU; absent = for what is here."),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model. Read it first.")
@@ -133,16 +141,24 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def _check(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: TrustRemoteCode = False) -> None:
-    from qlora_trainer.cli.checked import show_preflight  # noqa: PLC0415
+def _check(
+    recipe: RecipePath,
+    overrides: Overrides,
+    *,
+    memory: PlannedMemory = None,
+    device: PlannedDevice = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    from qlora_trainer.cli.checked import planned_bytes, show_preflight  # noqa: PLC0415
 
     with guarded():
         from qlora_trainer.preflight import check  # noqa: PLC0415
         from qlora_trainer.recipe_file import dump, load  # noqa: PLC0415
 
         loaded = load(recipe, overrides)
+        size = planned_bytes(memory)
         with _uncollected():
-            found = check(loaded, trust_remote_code=trust_remote_code)
+            found = check(loaded, trust_remote_code=trust_remote_code, device=device, memory=size)
         console = make_console()
         show_preflight(console, found, recipe_text=dump(loaded))
         if found.problems:

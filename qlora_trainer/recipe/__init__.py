@@ -6,14 +6,15 @@ fill in or change. Paths are relative to the folder in which the command is give
 
 from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
-from qlora_trainer.recipe.section import FloatType, Section
-from qlora_trainer.recipe.task import Data, EvaluationPlan, Metric, Training
+from qlora_trainer.recipe.section import FloatType, Section, bytes_of
+from qlora_trainer.recipe.task import Checkpointing, Data, EvaluationPlan, Metric, Training
 from qlora_trainer.recipe.whole import SHAPING_SECTIONS, Expected, Recipe, Run, Tracking
 
 __all__ = [
     "SHAPING_SECTIONS",
     "BaseModelSource",
     "Calibration",
+    "Checkpointing",
     "Data",
     "DataType",
     "EvaluationPlan",
@@ -32,4 +33,5 @@ __all__ = [
     "Section",
     "Tracking",
     "Training",
+    "bytes_of",
 ]

@@ -178,7 +178,7 @@ def test_training_after_an_evaluation_is_training_bit_for_bit(llama_folder: Path
 
 def test_gradient_checkpointing_changes_no_bit(llama_folder: Path, tmp_path: Path) -> None:
     plain = recipe_for(llama_folder, tmp_path, lora={"dropout": 0.1})
-    saving = recipe_for(llama_folder, tmp_path, lora={"dropout": 0.1}, training={"gradient_checkpointing": True})
+    saving = recipe_for(llama_folder, tmp_path, lora={"dropout": 0.1}, training={"checkpointing": "full"})
     bench = bench_for(plain)
     one = trained(bench, plain, tmp_path / "plain")
     other = trained(bench, saving, tmp_path / "saving")

@@ -140,7 +140,7 @@ def test_a_row_that_does_not_fit_by_itself_is_named_with_its_tokens_and_the_mend
     assert f"step 1 of 4: training rows {named} ('prompt') of up to {len(ROWS[named].token_ids)} tokens" in message
     assert CUDA_MESSAGE in message
     assert "data.window" in message
-    assert "gradient_checkpointing: true" in message
+    assert "checkpointing: full" in message
 
 
 def test_another_error_of_the_model_is_not_taken_for_a_lack_of_memory(llama_folder: Path, tmp_path: Path) -> None:

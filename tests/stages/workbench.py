@@ -32,7 +32,7 @@ def recipe_for(base: Path, folder: Path, **sections: dict[str, object]) -> Recip
             "micro_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "optimizer": "adamw",
-            "gradient_checkpointing": False,
+            "checkpointing": "none",
             "log_every_steps": 1,
             "checkpoint_every_steps": 2,
         },

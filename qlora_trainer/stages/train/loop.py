@@ -181,8 +181,8 @@ class _Loop:
     def _does_not_fit(self, too_large: MicroBatchTooLargeError) -> str:
         longest = max(self.lengths[index] for index in too_large.row_indexes)
         mends = ["lower data.window"]
-        if not self.settings.gradient_checkpointing:
-            mends.append("set training.gradient_checkpointing: true")
+        if self.settings.checkpointing != "full":
+            mends.append("set training.checkpointing: full")
         if self.plan.micro_batch_size > 1:
             mends.append(f"lower training.micro_batch_size (now {self.plan.micro_batch_size})")
         return (
