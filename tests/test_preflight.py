@@ -9,8 +9,9 @@ import pytest
 
 from qlora_trainer import export_formats
 from qlora_trainer.preflight import Preflight, check, exports, predict_peak_bytes, room
-from qlora_trainer.preflight.prediction import Cut, model_shape
+from qlora_trainer.preflight.prediction import model_shape
 from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
+from qlora_trainer.records import Cut
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages import base_model, dataset
 

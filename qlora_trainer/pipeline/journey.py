@@ -7,6 +7,7 @@ from typing import Literal
 from qlora_trainer.export_formats import merge_bases
 from qlora_trainer.pipeline.adapted import AdaptedModel
 from qlora_trainer.pipeline.climbing import Climbing
+from qlora_trainer.pipeline.fitting import fitting_of
 from qlora_trainer.pipeline.ground import Ground, prepare
 from qlora_trainer.pipeline.ledger import Ledger
 from qlora_trainer.pipeline.measuring import Measured, MeasuredExport, Measuring, ValidationReferences
@@ -390,4 +391,5 @@ class Journey:
             validate=self.measuring.validation_nats,
             tracker=self.tracker,
             observer=self.observer,
+            fitting=fitting_of(self.recipe, self.ground, self.measuring),
         )

@@ -7,7 +7,7 @@ imports torch or transformers, so that the answer comes within a second.
 
 from qlora_trainer.preflight.checking import Preflight, check
 from qlora_trainer.preflight.plan import PlannedStage
-from qlora_trainer.preflight.prediction import Cut, cuts, predict_peak_bytes
+from qlora_trainer.preflight.prediction import cuts, predict_peak_bytes
 from qlora_trainer.preflight.room import Budget
 
-__all__ = ["Budget", "Cut", "PlannedStage", "Preflight", "check", "cuts", "predict_peak_bytes"]
+__all__ = ["Budget", "PlannedStage", "Preflight", "check", "cuts", "predict_peak_bytes"]

@@ -16,7 +16,6 @@ from qlora_trainer.numerics.training_load import TrainingLoad
 from qlora_trainer.preflight.exports import layer_findings, package_findings, row_problems
 from qlora_trainer.preflight.plan import PlannedStage, plan
 from qlora_trainer.preflight.prediction import (
-    Cut,
     disk_prediction,
     likely_cut,
     memory_predictions,
@@ -25,7 +24,7 @@ from qlora_trainer.preflight.prediction import (
 )
 from qlora_trainer.preflight.room import Budget, Memory, planned_memory
 from qlora_trainer.recipe import SHAPING_SECTIONS, Data, Recipe, bytes_of
-from qlora_trainer.records import BaseCheckpoint
+from qlora_trainer.records import BaseCheckpoint, Cut
 from qlora_trainer.runtime.memory import free_disk_bytes
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages import base_model, dataset
@@ -153,7 +152,7 @@ def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, room: Memory, f
         if training.memory_budget is not None:
             room = Memory(room.device, min(bytes_of(training.memory_budget), room.free_bytes), room.place)
         cut = likely_cut(recipe, shape, rows, room)
-        load = training_load(recipe, rows, room.device, cut)
+        load = training_load(recipe, rows.train, room.device, cut)
         memory = tuple(
             Budget(purpose, needed, room.free_bytes, room.place)
             for purpose, needed in memory_predictions(recipe, shape, rows, load).items()

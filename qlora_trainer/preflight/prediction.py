@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
@@ -16,26 +15,13 @@ from qlora_trainer.numerics.model_shape import ModelShape
 from qlora_trainer.numerics.training_load import POLICIES, TrainingLoad
 from qlora_trainer.preflight.exports import calibrated
 from qlora_trainer.preflight.room import Memory, free_memory
-from qlora_trainer.recipe import Checkpointing, Recipe
-from qlora_trainer.records import BaseCheckpoint
+from qlora_trainer.recipe import Recipe, Training
+from qlora_trainer.records import BaseCheckpoint, Cut
 from qlora_trainer.stages.dataset import TaskRows
 
 ATTEMPTS_ON_DISK = 2
 """File sets beside the shipped one: the best so far and the newest."""
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the rows of an optimizer step are cut, and how much is computed again.
-
-    Attributes:
-        micro_batch_size: rows in one pass.
-        checkpointing: the policy.
-    """
-
-    micro_batch_size: int
-    checkpointing: Checkpointing
 
 
 def predict_peak_bytes(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, cut: Cut | None = None) -> int:
@@ -53,7 +39,7 @@ def predict_peak_bytes(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, cut
         return 0
     memory = free_memory()
     chosen = cut or likely_cut(recipe, shape, rows, memory)
-    return training_memory(shape, training_load(recipe, rows, memory.device, chosen)).total
+    return training_memory(shape, training_load(recipe, rows.train, memory.device, chosen)).total
 
 
 def model_shape(base: BaseCheckpoint) -> ModelShape:
@@ -66,7 +52,7 @@ def model_shape(base: BaseCheckpoint) -> ModelShape:
     return ModelShape.from_config(config, parameters=base.parameters)
 
 
-def training_load(recipe: Recipe, rows: TaskRows, device: Literal["cpu", "cuda"], cut: Cut) -> TrainingLoad:
+def training_load(recipe: Recipe, rows: Sequence[EncodedRow], device: Literal["cpu", "cuda"], cut: Cut) -> TrainingLoad:
     """What training on these rows asks of a model, at most: a micro-batch of the longest of them."""
     tokens, labels, longest = _largest_micro_batch(rows.train, cut.micro_batch_size, recipe.training.batch_size)
     lora, training = recipe.lora, recipe.training
@@ -99,7 +85,7 @@ def likely_cut(recipe: Recipe, shape: ModelShape, rows: TaskRows, memory: Memory
         (
             cut
             for cut in candidates
-            if training_memory(shape, training_load(recipe, rows, memory.device, cut)).total <= memory.free_bytes
+            if training_memory(shape, training_load(recipe, rows.train, memory.device, cut)).total <= memory.free_bytes
         ),
         candidates[-1],
     )
@@ -181,12 +167,15 @@ def _rounding_memory(recipe: Recipe, shape: ModelShape, load: TrainingLoad) -> F
     )
 
 
-def _largest_micro_batch(rows: Sequence[EncodedRow], size: int, batch_size: int) -> tuple[int, int, int]:
+def _largest_micro_batch(rows: Sequence[EncodedRow], size: int, training: Training) -> tuple[int, int, int]:
     """Tokens, label tokens, and tokens of the longest row, of the largest micro-batch that can occur.
 
-    The rows of an optimizer step are packed into micro-batches of at most ``size`` times the longest row.
+    Packed, the rows of an optimizer step share micro-batches of at most ``size`` times the longest row; padded, each is
+    as wide as the longest.
     """
     lengths = sorted((len(row.token_ids) for row in rows), reverse=True)
-    tokens = min(size * lengths[0], sum(lengths[:batch_size]))
+    tokens = size * lengths[0]
+    if training.batching == "packed":
+        tokens = min(tokens, sum(lengths[: training.batch_size]))
     share = max(row.label_count / len(row.token_ids) for row in rows)
     return tokens, ceil(tokens * share), lengths[0]

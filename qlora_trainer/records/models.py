@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_trainer.records.cuts import ChosenCut
+
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
@@ -100,6 +102,7 @@ class TrainedAdapter:
         trainable_parameters: number of trained values.
         smaller_micro_batches: ``(step, rows)``: from this step on so many rows stood in one micro-batch, fewer than
             the recipe says, because more did not fit into memory.
+        chosen: what was tried out and chosen where the recipe says ``auto``; else None.
     """
 
     folder: Path
@@ -116,3 +119,4 @@ class TrainedAdapter:
     resumed_at: tuple[int, ...]
     trainable_parameters: int
     smaller_micro_batches: tuple[tuple[int, int], ...] = ()
+    chosen: ChosenCut | None = None

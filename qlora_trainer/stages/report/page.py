@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qlora_trainer.records import ExportFigures, LayerDistortion, RunReport, TrainedAdapter
+from qlora_trainer.records import ChosenCut, ExportFigures, LayerDistortion, RunReport, TrainedAdapter
 from qlora_trainer.stages.report.glossary import GLOSSARY
 from qlora_trainer.stages.report.inputs import BASE, TRAINED, Measurements, Notes
 from qlora_trainer.stages.report.loading import Snippet, snippets
@@ -205,6 +205,8 @@ def _details(export: ExportFigures, report: RunReport, *, quantized_base: str) -
 def _training(report: RunReport, trained: TrainedAdapter) -> Iterable[Fact]:
     figures = report.training
     yield Fact("Optimizer steps", count_of(figures.steps), _resumed(trained.resumed_at))
+    if trained.chosen is not None:
+        yield Fact("Micro-batch chosen", str(trained.chosen.cut), _tried(trained.chosen))
     if trained.smaller_micro_batches:
         yield Fact("Micro-batch made smaller", *_smaller(trained.smaller_micro_batches))
     yield Fact("Trained values", count_of(figures.trainable_parameters), "adapter parameters")
@@ -220,6 +222,19 @@ def _training(report: RunReport, trained: TrainedAdapter) -> Iterable[Fact]:
 def _smaller(changes: tuple[tuple[int, int], ...]) -> tuple[str, str]:
     rows = ", ".join(f"{count_of(rows)} from step {count_of(step)}" for step, rows in changes)
     return rows, "rows at a time; more did not fit into memory. Rows of a step as in the recipe"
+
+
+def _tried(chosen: ChosenCut) -> str:
+    tried = "; ".join(
+        f"{trial.cut}: "
+        + (
+            "memory ran out"
+            if trial.peak_bytes is None or trial.tokens_per_second is None
+            else f"{significant(trial.tokens_per_second, 3)} tokens/s, {size(trial.peak_bytes)}"
+        )
+        for trial in chosen.trials
+    )
+    return f"for {size(chosen.budget_bytes)}; tried: {tried}"
 
 
 def _resumed(steps: tuple[int, ...]) -> str:

@@ -1,7 +1,13 @@
 """What a checkpoint must remember beside weights and optimizer, and what is read off it on the way."""
 
 from dataclasses import asdict, dataclass, field, fields
+from typing import Final
 
+from pydantic import TypeAdapter
+
+from qlora_trainer.records import ChosenCut
+
+CHOSEN: Final = TypeAdapter(ChosenCut)
 CurvePoint = tuple[int, float | None, float | None]
 
 
@@ -18,6 +24,7 @@ class Progress:
         resumed_at: steps from which the run went on.
         smaller_micro_batches: ``(step, rows)``: from this step on (counted from 1) so many rows stood in one
             micro-batch, because more did not fit into memory.
+        chosen: what was tried out and chosen before the first step where the recipe says ``auto``; else None.
         recipe_key: fingerprint of what shapes the training; a checkpoint of another is refused.
         window_nats: summed loss since the last log record.
         window_labels: label tokens since the last log record.
@@ -32,6 +39,7 @@ class Progress:
     curve: list[CurvePoint] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     smaller_micro_batches: list[tuple[int, int]] = field(default_factory=list)
+    chosen: ChosenCut | None = None
     window_nats: float = 0.0
     window_labels: int = 0
     window_seconds: float = 0.0
@@ -45,6 +53,7 @@ class Progress:
         """Counters as they were saved; lists of JSON become the tuples they were."""
         names = {each.name for each in fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
+        known["chosen"] = None if known.get("chosen") is None else CHOSEN.validate_python(known["chosen"])
         progress = cls(**known)  # type: ignore[arg-type]  # a checkpoint's checksum vouches for the types
         progress.curve = [(point[0], point[1], point[2]) for point in progress.curve]
         progress.smaller_micro_batches = [(step, rows) for step, rows in progress.smaller_micro_batches]
