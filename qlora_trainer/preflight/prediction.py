@@ -54,7 +54,7 @@ def model_shape(base: BaseCheckpoint) -> ModelShape:
 
 def training_load(recipe: Recipe, rows: Sequence[EncodedRow], device: Literal["cpu", "cuda"], cut: Cut) -> TrainingLoad:
     """What training on these rows asks of a model, at most: a micro-batch of the longest of them."""
-    tokens, labels, longest = _largest_micro_batch(rows.train, cut.micro_batch_size, recipe.training.batch_size)
+    tokens, labels, longest = _largest_micro_batch(rows, cut.micro_batch_size, recipe.training)
     lora, training = recipe.lora, recipe.training
     return TrainingLoad(
         data_type=recipe.quantization.data_type,

@@ -43,6 +43,18 @@ def with_cut(recipe: Recipe, cut: Cut) -> Recipe:
     return recipe.model_copy(update={"training": training.model_copy(update=numbers)})
 
 
+def cut_of(recipe: Recipe) -> Cut:
+    """The cut that a recipe names.
+
+    Raises:
+        ValueError: it leaves something to be chosen.
+    """
+    training = recipe.training
+    if training.checkpointing == "auto":
+        raise ValueError("checkpointing: auto is still to be chosen")
+    return Cut(training.rows_at_a_time, training.checkpointing)
+
+
 def choose(model: nn.Module, recipe: Recipe, inputs: TrainingInputs, path: LossPath) -> ChosenCut:
     """Tries out what the recipe leaves open; leaves the model, and all chance, as they were.
 
