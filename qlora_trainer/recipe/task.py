@@ -120,6 +120,10 @@ class Training(Section):
     memory_budget: MemorySize | None = None
     """What ``auto`` may take of the memory, all in all, such as ``20GiB``. Absent = what is free when training begins,
     less a tenth."""
+    batching: Literal["packed", "padded"] = "packed"
+    """``packed``: rows of a micro-batch stand one behind the other, each attended to by itself, no token is padding.
+    ``padded``: side by side, as wide as the longest. The loss is the same; a model that cannot be packed is padded, and
+    the run says so."""
     log_every_steps: PositiveInt = 10
     """Steps between metrics records."""
     validate_every_steps: PositiveInt | None = None
@@ -172,6 +176,17 @@ class Training(Section):
             return self.rows_per_step
         # Without rows_per_step the micro-batch is a number.
         return int(self.micro_batch_size) * (self.gradient_accumulation_steps or 4)
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows in one forward and backward pass, where they are no longer to be chosen.
+
+        Raises:
+            ValueError: they are.
+        """
+        if self.micro_batch_size == "auto":
+            raise ValueError("micro_batch_size: auto is still to be chosen")
+        return self.micro_batch_size
 
     @property
     def is_to_be_chosen(self) -> bool:

@@ -37,6 +37,9 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
 BLOCK_SIZE = 64
 """Weights that share one absmax (QLoRA, arXiv 2305.14314, section 3)."""
 
+FourBitLinear = Linear4bit
+"""bitsandbytes' layer for NF4 and FP4 weights."""
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -120,6 +123,13 @@ def dequantize_weight(tensors: Mapping[str, Tensor], *, data_type: DataType) -> 
     parts = {name.removeprefix("weight."): part for name, part in tensors.items() if name != "weight"}
     restored: Tensor = functional.dequantize_4bit(packed, functional.QuantState.from_dict(parts, device=packed.device))
     return restored
+
+
+def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a 4-bit layer as its forward multiplies by it, shape ``(out_features, in_features)``, made anew."""
+    packed: Any = layer.weight
+    weight: Tensor = functional.dequantize_4bit(packed, packed.quant_state)
+    return weight.to(dtype)
 
 
 def quantization_config(

@@ -8,6 +8,8 @@ from torch.nn import functional
 from qlora_trainer.data.batches import (
     BatchPlan,
     collate,
+    collate_packed,
+    pack_best_fit,
     epoch_order,
     evaluation_batches,
     training_micro_batches,
@@ -106,3 +108,39 @@ def test_evaluation_sees_every_row_once_longest_first(batch_size: int) -> None:
 
 def test_rows_of_equal_length_keep_their_order() -> None:
     assert evaluation_batches([4, 4, 4], 2) == [[0, 1], [2]]
+
+
+def test_packed_rows_stand_one_behind_the_other_and_nothing_predicts_their_first_tokens() -> None:
+    rows = [EncodedRow((1, 2, 3), (1, 2, 3), (), "", ""), EncodedRow((5, 6), (IGNORE_INDEX, 6), (5,), "", "")]
+    batch = collate_packed(rows, [1, 0])
+    assert torch.equal(batch.token_ids, torch.tensor([[5, 6, 1, 2, 3]]))
+    assert torch.equal(batch.labels, torch.tensor([[IGNORE_INDEX, 6, IGNORE_INDEX, 2, 3]]))
+    assert (batch.boundaries, batch.row_indexes) == ((0, 2, 5), (1, 0))
+    assert batch.label_tokens == collate(rows, [1, 0], 9).label_tokens == 3
+
+
+def test_each_row_goes_where_it_leaves_the_least_room() -> None:
+    # 9 opens a pack, 8 another; 2 fits into both and goes to 8's, where nothing is left; 1 goes to 9's.
+    assert pack_best_fit([0, 1, 2, 3], [9, 8, 2, 1], capacity=10) == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 6])
+def test_packs_hold_every_row_of_the_step_in_no_more_micro_batches_than_rows_side_by_side(
+    micro_batch_size: int,
+) -> None:
+    plan = BatchPlan(micro_batch_size, 6 // micro_batch_size, seed=5, is_packed=True)
+    padded = BatchPlan(micro_batch_size, 6 // micro_batch_size, seed=5)
+    for step in range(40):
+        packs = training_micro_batches(step, LENGTHS, plan)
+        assert sorted(row for pack in packs for row in pack) == sorted(step_rows(step, plan=padded))
+        assert all(sum(LENGTHS[row] for row in pack) <= micro_batch_size * max(LENGTHS) for pack in packs)
+        assert len(packs) <= plan.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_processes_share_a_step_without_a_row_twice(is_packed: bool) -> None:
+    plan = BatchPlan(micro_batch_size=2, gradient_accumulation_steps=3, seed=5, is_packed=is_packed)
+    shares = [training_micro_batches(4, LENGTHS, plan, share=(number, 2)) for number in range(2)]
+    rows = [row for share in shares for micro_batch in share for row in micro_batch]
+    assert sorted(rows) == sorted(step_rows(4))
+    assert all(len(share) == 2 for share in shares if not is_packed)

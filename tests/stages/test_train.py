@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.data.batches import collate
+from qlora_trainer.data.batches import collate, collate_packed
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.errors import Interrupted, RunFolderError, TrainingError
 from qlora_trainer.formats.peft_adapter import factors_of, read
 from qlora_trainer.numerics.loss import IGNORE_INDEX
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import TrainedAdapter
+from qlora_trainer.runners.causal_lm import find_loss_path
 from qlora_trainer.runtime.device import World
 from qlora_trainer.runtime.progress import TrainingProgress
 from qlora_trainer.runtime.tracking import Tracker
@@ -81,7 +82,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def gradients(bench: Bench, split: Sequence[Sequence[int]]) -> tuple[float, Tensor]:
+def gradients(bench: Bench, split: Sequence[Sequence[int]], *, is_packed: bool = False) -> tuple[float, Tensor]:
     """Mean loss and gradients of one step over the rows in ``split``, nothing stepped but by a rate of zero."""
     model = bench.adapted().train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -93,8 +94,9 @@ def gradients(bench: Bench, split: Sequence[Sequence[int]]) -> tuple[float, Tens
 
     result = optimizer_step(
         model,
-        [collate(ROWS, indexes, 2) for indexes in split],
+        [collate_packed(ROWS, indexes) if is_packed else collate(ROWS, indexes, 2) for indexes in split],
         Keep(parameters, lr=1.0),
+        path=find_loss_path(model),
         max_gradient_norm=1e9,
         world=World(),
         name_rows=str,
@@ -102,13 +104,14 @@ def gradients(bench: Bench, split: Sequence[Sequence[int]]) -> tuple[float, Tens
     return float(result.nats) / result.label_tokens, torch.cat(kept)
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
 @pytest.mark.parametrize("split", [[[0, 1, 2], [3, 4, 5]], [[5], [3, 0], [4, 2, 1]], [[0], [1], [2], [3], [4], [5]]])
-def test_every_split_into_micro_batches_has_the_same_loss_and_gradient(
-    split: list[list[int]], llama_folder: Path, tmp_path: Path
+def test_every_split_into_micro_batches_packed_or_padded_has_the_same_loss_and_gradient(
+    split: list[list[int]], is_packed: bool, llama_folder: Path, tmp_path: Path
 ) -> None:
     bench = bench_for(recipe_for(llama_folder, tmp_path))
     whole_loss, whole = gradients(bench, [[0, 1, 2, 3, 4, 5]])
-    loss, parts = gradients(bench, split)
+    loss, parts = gradients(bench, split, is_packed=is_packed)
     # float32 sums of about 60 tokens in another order.
     assert loss == pytest.approx(whole_loss, rel=1e-5)
     assert (parts - whole).norm() < 1e-4 * whole.norm()

@@ -1,6 +1,7 @@
 """A step that does not fit into memory is repeated with fewer rows at a time; the lack of memory is injected."""
 
 import json
+import math
 import os
 import signal
 import weakref
@@ -20,6 +21,7 @@ from qlora_trainer.stages.train.recovery import is_lack_of_memory, smaller_micro
 from tests.stages.test_train import ROWS, Watcher, assert_same_adapter, inputs_for
 from tests.stages.workbench import Bench, bench_for, recipe_for
 
+LONGEST = max(len(row.token_ids) for row in ROWS)
 CUDA_MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 LACKS = (torch.OutOfMemoryError(CUDA_MESSAGE), RuntimeError(CPU_MESSAGE), MemoryError())
@@ -30,7 +32,7 @@ class Memory:
     """Room for ``limit`` rows at a time, once ``plenty`` passes of training are done.
 
     Attributes:
-        passes: rows of each training pass that was begun.
+        passes: rows of each training pass that was begun; packed: as many of the longest row as have its tokens.
         left_over: for each failed pass, whether its hidden state was still alive when the next one began.
     """
 
@@ -51,7 +53,8 @@ class Memory:
 
     def _begin(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if module.training:
-            self.passes.append(len(arguments[0]))
+            token_ids = arguments[0]
+            self.passes.append(max(len(token_ids), math.ceil(token_ids.numel() / LONGEST)))
             if self.failed is not None:
                 self.left_over.append(self.failed() is not None)
                 self.failed = None
@@ -70,25 +73,41 @@ def trained(
     return train.train(memory.put_into(model) if memory else model, recipe, inputs_for(folder, watcher))
 
 
-def split_recipe(base: Path, folder: Path, micro: int, *, dropout: float = 0.0, optimizer: str = "adamw") -> Recipe:
+def split_recipe(
+    base: Path,
+    folder: Path,
+    micro: int,
+    *,
+    dropout: float = 0.0,
+    optimizer: str = "adamw",
+    batching: str = "packed",
+) -> Recipe:
     """A recipe of four rows in a step, ``micro`` at a time; rank 32 gives 8-bit optimizers something to round."""
-    settings = {"micro_batch_size": micro, "gradient_accumulation_steps": 4 // micro, "optimizer": optimizer}
+    settings = {
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": 4 // micro,
+        "optimizer": optimizer,
+        "batching": batching,
+    }
     return recipe_for(base, folder, lora={"rank": 32, "dropout": dropout}, training=settings)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-@pytest.mark.parametrize("plenty", [0, 1])
+@pytest.mark.parametrize(("batching", "plenty"), [("packed", 0), ("padded", 0), ("padded", 1)])
+@pytest.mark.parametrize(("dropout", "optimizer"), [(0.0, "adamw"), (0.1, "adamw_8bit")])
 def test_a_step_that_does_not_fit_is_that_of_a_smaller_micro_batch_bit_for_bit(
-    plenty: int, optimizer: str, dropout: float, llama_folder: Path, tmp_path: Path
+    plenty: int, optimizer: str, dropout: float, batching: str, llama_folder: Path, tmp_path: Path
 ) -> None:
-    large = split_recipe(llama_folder, tmp_path, 2, dropout=dropout, optimizer=optimizer)
-    small = split_recipe(llama_folder, tmp_path, 1, dropout=dropout, optimizer=optimizer)
+    large = split_recipe(llama_folder, tmp_path, 2, dropout=dropout, optimizer=optimizer, batching=batching)
+    small = split_recipe(llama_folder, tmp_path, 1, dropout=dropout, optimizer=optimizer, batching=batching)
     bench = bench_for(large)
     wanted = trained(bench, small, tmp_path / "small")
     memory = Memory(limit=1, plenty=plenty)  # with plenty of 1, gradients of half the step are already there
     found = trained(bench, large, tmp_path / "large", memory=memory)
-    assert memory.passes == [2] * (plenty + 1) + [1] * 16
+    if batching == "padded":
+        assert memory.passes == [2] * (plenty + 1) + [1] * 16
+    failed = max(number for number, rows in enumerate(memory.passes) if rows > 1)
+    assert failed >= plenty
+    assert memory.passes[failed + 1 :].count(1) >= 4 * 3  # four steps, whose rows fill three packs or four
     assert_same_adapter(wanted.folder, found.folder)
     assert found.curve == wanted.curve
     assert found.smaller_micro_batches == ((1, 1),)
@@ -140,7 +159,7 @@ def test_a_row_that_does_not_fit_by_itself_is_named_with_its_tokens_and_the_mend
     assert f"step 1 of 4: training rows {named} ('prompt') of up to {len(ROWS[named].token_ids)} tokens" in message
     assert CUDA_MESSAGE in message
     assert "data.window" in message
-    assert "checkpointing: full" in message
+    assert "training.checkpointing: full" in message
 
 
 def test_another_error_of_the_model_is_not_taken_for_a_lack_of_memory(llama_folder: Path, tmp_path: Path) -> None:

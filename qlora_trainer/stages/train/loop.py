@@ -11,10 +11,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from qlora_trainer.data.batches import Batch, BatchPlan, collate, training_micro_batches
+from qlora_trainer.data.batches import Batch, BatchPlan, collate, collate_packed, training_micro_batches
 from qlora_trainer.errors import Interrupted, RunFolderError, TrainingError
 from qlora_trainer.numerics.schedule import learning_rate_scale
 from qlora_trainer.recipe import Recipe
+from qlora_trainer.records import ChosenCut
+from qlora_trainer.runners.causal_lm import LossPath
 from qlora_trainer.runtime import bnb, checkpoint
 from qlora_trainer.runtime.device import World, allocated_bytes
 from qlora_trainer.runtime.interruption import StopRequest, stop_requests
@@ -27,7 +29,13 @@ from qlora_trainer.stages.train.step import StepResult, optimizer_step
 
 
 def run_steps(
-    model: nn.Module, recipe: Recipe, inputs: TrainingInputs, *, trainable: dict[str, nn.Parameter]
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: TrainingInputs,
+    *,
+    trainable: dict[str, nn.Parameter],
+    path: LossPath,
+    chosen: ChosenCut | None = None,
 ) -> Progress:
     """Trains ``trainable`` in place, from the newest checkpoint where there is one, to the last step.
 
@@ -36,6 +44,8 @@ def run_steps(
         recipe: its training section and ``run.seed``.
         inputs: rows, folders, callbacks.
         trainable: the adapter's parameters by name; only they are stepped and saved.
+        path: how this model's loss is taken.
+        chosen: what was tried out before, where the recipe said ``auto``; checkpoints keep it.
 
     Returns:
         Counters and curve of the whole run.
@@ -46,7 +56,8 @@ def run_steps(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         RunFolderError: the checkpoints belong to another recipe, or the disk is full.
     """
-    loop = _Loop(model, recipe, inputs, trainable)
+    loop = _Loop(model, recipe, inputs, trainable, path)
+    loop.progress.chosen = chosen
     loop.resume()
     with stop_requests() as stop:
         while loop.progress.step < loop.steps:
@@ -60,17 +71,24 @@ class _Loop:
     """The loop's state: model, optimizer, counters."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, inputs: TrainingInputs, trainable: dict[str, nn.Parameter]
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        inputs: TrainingInputs,
+        trainable: dict[str, nn.Parameter],
+        path: LossPath,
     ) -> None:
         settings = recipe.training
+        self.path = path
         self.model, self.settings, self.inputs, self.trainable = model, settings, inputs, trainable
         self.steps = settings.steps(len(inputs.rows))
         self.world = World.current()
         self.lengths = tuple(len(row.token_ids) for row in inputs.rows)
         self.plan = BatchPlan(
-            micro_batch_size=settings.micro_batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            micro_batch_size=settings.rows_at_a_time,
+            gradient_accumulation_steps=settings.batch_size // settings.rows_at_a_time,
             seed=recipe.run.seed,
+            is_packed=settings.batching == "packed" and path.packs,
         )
         self.optimizer = bnb.make_optimizer(
             settings.optimizer,
@@ -192,9 +210,12 @@ class _Loop:
         )
 
     def _batches(self) -> list[Batch]:
-        micro_batches = training_micro_batches(self.progress.step, self.lengths, self.plan)
-        mine = micro_batches[self.world.rank :: self.world.size]
-        return [collate(self.inputs.rows, indexes, self.inputs.pad_id) for indexes in mine]
+        share = (self.world.rank, self.world.size)
+        rows = self.inputs.rows
+        micro_batches = training_micro_batches(self.progress.step, self.lengths, self.plan, share=share)
+        if self.plan.is_packed:
+            return [collate_packed(rows, indexes) for indexes in micro_batches]
+        return [collate(rows, indexes, self.inputs.pad_id) for indexes in micro_batches]
 
     def _step_on(self, batches: list[Batch]) -> StepResult:
         try:
@@ -202,6 +223,7 @@ class _Loop:
                 self.model,
                 batches,
                 self.optimizer,
+                path=self.path,
                 max_gradient_norm=self.settings.max_gradient_norm,
                 world=self.world,
                 name_rows=self._name_rows,

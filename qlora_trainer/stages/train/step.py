@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.data.batches import Batch
 from qlora_trainer.errors import TrainingError
-from qlora_trainer.numerics.loss import IGNORE_INDEX, summed_nats
-from qlora_trainer.runners.causal_lm import label_logits
+from qlora_trainer.runners.causal_lm import LossPath
 from qlora_trainer.runtime.device import World
 from qlora_trainer.stages.train.recovery import MicroBatchTooLargeError, is_lack_of_memory
 
@@ -39,24 +38,35 @@ def optimizer_step(
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     *,
+    path: LossPath,
     max_gradient_norm: float,
     world: World,
     name_rows: Callable[[Sequence[int]], str],
 ) -> StepResult:
     """Accumulates gradients over ``batches``, clips them and steps; changes model and optimizer.
 
+    Args:
+        model: the adapted model, in training mode.
+        batches: the step's micro-batches, or this process's share of them.
+        optimizer: of the adapter's parameters.
+        path: how this model's loss is taken.
+        max_gradient_norm: gradients are scaled down to it.
+        world: processes that share the step.
+        name_rows: row indexes to words, for messages.
+
     Raises:
         TrainingError: loss or gradients are not finite; nothing was stepped. Names the rows.
         MicroBatchTooLargeError: a batch does not fit into memory; nothing was stepped, gradients are left.
     """
     device = next(model.parameters()).device
-    label_tokens = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+    label_tokens = sum(batch.label_tokens for batch in batches)
     share = 1 / world.sum_(torch.tensor(float(label_tokens), device=device))
-    losses = [_summed_gradients(model, batch, share) for batch in batches]
-    for parameter in model.parameters():
+    losses = [summed_gradients(model, batch, share, path) for batch in batches]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         if parameter.grad is not None:
             world.sum_(parameter.grad)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_gradient_norm)
     # The one wait for the device in a step: a norm that is not finite also tells of a loss that is not, and
     # must be known before the optimizer's state is spoilt.
     if not torch.isfinite(norm):
@@ -71,10 +81,10 @@ def optimizer_step(
     )
 
 
-def _summed_gradients(model: nn.Module, batch: Batch, share: Tensor) -> Tensor:
+def summed_gradients(model: nn.Module, batch: Batch, share: Tensor, path: LossPath) -> Tensor:
     """Adds the batch's gradients to those that are there and gives its summed loss, detached."""
     try:
-        return _both_passes(model, batch, share)
+        return _both_passes(model, batch, share, path)
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):
             raise
@@ -83,11 +93,11 @@ def _summed_gradients(model: nn.Module, batch: Batch, share: Tensor) -> Tensor:
     raise MicroBatchTooLargeError(batch.row_indexes, reason)
 
 
-def _both_passes(model: nn.Module, batch: Batch, share: Tensor) -> Tensor:
-    device = share.device
-    logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
-    nats = summed_nats(logits, labels)
-    torch.autograd.backward(nats * share)
+def _both_passes(model: nn.Module, batch: Batch, share: Tensor, path: LossPath) -> Tensor:
+    # The backward pass too: it computes checkpointed layers again, which must attend as they did.
+    with path.attending(model, is_packed=batch.boundaries is not None):
+        nats = path.summed_nats(model, batch.token_ids, batch.labels, boundaries=batch.boundaries)
+        torch.autograd.backward(nats * share)
     return nats.detach()
 
 

@@ -1,7 +1,4 @@
-"""A quantized base -> the same model with LoRA adapters in it, the base frozen.
-
-With peft this module and ``formats.peft_adapter`` share the door: insertion here, files there.
-"""
+"""Which layers get an adapter, and a quantized base with adapters in it."""
 
 import difflib
 from collections.abc import Mapping
@@ -15,6 +12,8 @@ from qlora_trainer.formats.peft_adapter import load_factors, quiet_peft, read
 from qlora_trainer.recipe import Lora
 from qlora_trainer.records import BaseCheckpoint, LinearLayers, QuantizedModel
 from qlora_trainer.runners import transformers as runner
+from qlora_trainer.runners.causal_lm import make_lean
+from qlora_trainer.stages.adapt.lean_linear import lean_layers
 
 # isort: split
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -66,7 +65,9 @@ def adapt(
         parameter.requires_grad_(".lora_" in name)
     if quantized.initial_factors is not None:
         load_adapter(adapted, quantized.initial_factors)
-    return adapted.eval()
+    adapted.eval()
+    make_lean(adapted, getattr(torch, compute_dtype))
+    return adapted
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -76,8 +77,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _lora_config(lora: Lora, layers: LinearLayers) -> LoraConfig:
-    """The settings as peft spells them."""
-    return LoraConfig(
+    """The settings as peft spells them, with our forward for adapted 4-bit layers."""
+    config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -87,6 +88,8 @@ def _lora_config(lora: Lora, layers: LinearLayers) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module(lean_layers())
+    return config
 
 
 def _require_known(asked: tuple[str, ...], linears: Mapping[str, object], folder: Path) -> None:

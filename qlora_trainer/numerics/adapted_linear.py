@@ -1,0 +1,105 @@
+"""A frozen linear layer with a low-rank update, differentiated by hand so that little is kept and nothing copied.
+
+Autograd would keep an input for a weight that never gets a gradient, and every intermediate of the update. Here the
+frozen layer keeps nothing at all: its weight is asked for again in the backward pass (a 4-bit weight is dequantized
+twice a step, never held), and the update keeps its input, which layers that read the same tensor share, and x A^T of
+rank r. All products are taken in the input's type, gradients of the factors are given in the factors' own.
+
+Axes: T tokens, I in_features, O out_features, r rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """A linear layer that is not trained.
+
+    Attributes:
+        weight: gives W, shape ``(O, I)``, in the type of the input; called once forward and once backward.
+        bias: shape ``(O,)``; None = none.
+    """
+
+    weight: Callable[[], Tensor]
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """Trained factors of ``s B A`` (LoRA, arXiv 2106.09685).
+
+    Attributes:
+        lora_a: factor A, shape ``(r, I)``.
+        lora_b: factor B, shape ``(O, r)``.
+        scale: the factor s.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+
+def adapted_linear(x: Tensor, layer: FrozenLayer, update: LowRankUpdate, *, dropped: Tensor | None = None) -> Tensor:
+    """``x W^T + b + s x' A^T B^T``, differentiable in ``x``, ``x'``, A and B.
+
+    Args:
+        x: shape ``(..., I)``.
+        layer: W and b.
+        update: A, B and s.
+        dropped: the update's input x' where it is not ``x``, such as ``x`` after dropout.
+
+    Returns:
+        Shape ``(..., O)``, type of ``x``.
+    """
+    # Flat: a product with a bias over more axes is a view inside, which must not be written into.
+    flat = x.flatten(end_dim=-2)
+    output = _FrozenProduct.apply(flat, layer)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    of_update = flat if dropped is None else dropped.flatten(end_dim=-2)
+    result: Tensor = _AddedUpdate.apply(output, of_update, update.lora_a, update.lora_b, update.scale)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result.view(*x.shape[:-1], -1)
+
+
+class _FrozenProduct(Function):
+    """``x W^T + b`` of x ``(T, I)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLayer) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(x, layer.weight(), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.layer.weight(), None
+
+
+class _AddedUpdate(Function):
+    """``y + s (x A^T) B^T`` of y ``(T, O)`` and x ``(T, I)``, written into y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+        down = x @ lora_a.to(x.dtype).t()
+        y.addmm_(down, lora_b.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, down, lora_a, lora_b)
+        ctx.scale = scale
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
+        (of_output,) = gradients
+        x, down, lora_a, lora_b = ctx.saved_tensors
+        of_down = (of_output @ lora_b.to(x.dtype)).mul_(ctx.scale)
+        of_x = of_down @ lora_a.to(x.dtype) if ctx.needs_input_grad[1] else None
+        of_a = of_down.t() @ x
+        # Not of_output^T down: a processor multiplies faster where the long side is not the one to be transposed.
+        of_b = (down.t() @ of_output).mul_(ctx.scale).t().contiguous()
+        return of_output, of_x, of_a.to(lora_a.dtype), of_b.to(lora_b.dtype), None
