@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -45,7 +46,7 @@ from qlora_trainer.stages.train import TrainingInputs
 
 ROOT: Final = Path(__file__).parents[1]
 RESULT: Final = ROOT / "scripts/results/bench_memory.json"
-STEPS: Final = 3
+STEPS: Final = 2
 TOLERANCE: Final = 0.10
 
 Json = dict[str, Any]
@@ -189,10 +190,15 @@ def _inputs(recipe: Recipe, rows: tuple[EncodedRow, ...], folder: Path) -> Train
         base_name="random",
         recipe_key="memory",
         predicted_peak_bytes=0,
-        validate=lambda model: evaluate.held_out_nats(model, rows[:2], batch_size=2, pad_id=0),
+        validate=lambda model: evaluate.held_out_nats(model, [_short_answer(rows[0])], batch_size=1, pad_id=0),
         tracker=Tracker(folder, wandb_mode="off", project="", tags=(), config={}),
         observer=Silent(),
     )
+
+
+def _short_answer(row: EncodedRow) -> EncodedRow:
+    """The row with 16 labels: validation holds the logits of all of a batch, and training is what is measured."""
+    return replace(row, labels=(-100,) * (len(row.labels) - 16) + row.labels[-16:])
 
 
 def run_case(name: str, threads: int) -> Json:

@@ -92,7 +92,13 @@ def training_memory(shape: ModelShape, load: TrainingLoad) -> Footprint:
 
 
 def scoring_memory(
-    shape: ModelShape, *, compute_bytes: int, rows: int, row_tokens: int, device: Literal["cpu", "cuda"] = "cpu"
+    shape: ModelShape,
+    *,
+    compute_bytes: int,
+    rows: int,
+    row_tokens: int,
+    label_positions: int,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Footprint:
     """Peak memory of scoring and generating with unquantized weights, which is the largest model that a run loads.
 
@@ -101,11 +107,11 @@ def scoring_memory(
         compute_bytes: bytes of a weight and of an activation.
         rows: rows in one pass.
         row_tokens: tokens of the longest row, generated ones included.
+        label_positions: positions of a row at which logits are taken; those of all rows are held at once.
         device: where it runs.
     """
     keys_and_values = 2 * shape.layers * shape.kv_heads * shape.head_dim
     widest = 4 * shape.hidden + 3 * shape.ffn
-    logits = min(rows * row_tokens * shape.vocabulary, activations.LOSS_CHUNK_VALUES)
     return Footprint(
         {
             **fixed_overhead(device),
@@ -113,6 +119,7 @@ def scoring_memory(
             "keys and values": compute_bytes * rows * row_tokens * keys_and_values,
             # Nothing is kept for a backward pass: one layer at a time, its residual stream in float32 too.
             "activations": rows * row_tokens * (compute_bytes * widest + 4 * shape.hidden),
-            "logits, a chunk at a time": logits * (compute_bytes + 8),
+            # Logits, float32 copies of them, and log-probabilities.
+            "logits of label tokens": rows * label_positions * shape.vocabulary * (compute_bytes + 8),
         }
     )

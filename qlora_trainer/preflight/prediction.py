@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from math import ceil
 from typing import Literal
 
-from qlora_trainer.data.encode import EncodedRow
+from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
 from qlora_trainer.export_formats import FACTS, merge_bases
 from qlora_trainer.numerics.activations import plain_layer_bytes_per_token
 from qlora_trainer.numerics.device_overhead import KEPT_BY_ALLOCATOR, fixed_overhead, kept_by_allocator
@@ -109,6 +109,7 @@ def memory_predictions(recipe: Recipe, shape: ModelShape, rows: TaskRows, load: 
         compute_bytes=FLOAT_BYTES[recipe.quantization.compute_dtype],
         rows=min(recipe.evaluation.batch_size, len(rows.test)),
         row_tokens=longest + new_tokens,
+        label_positions=_label_span(rows.test),
         device=load.device,
     )
     predicted = {"training": training_memory(shape, load), "evaluation": evaluation}
@@ -179,3 +180,10 @@ def _largest_micro_batch(rows: Sequence[EncodedRow], size: int, training: Traini
         tokens = min(tokens, sum(lengths[: training.batch_size]))
     share = max(row.label_count / len(row.token_ids) for row in rows)
     return tokens, ceil(tokens * share), lengths[0]
+
+
+def _label_span(rows: Sequence[EncodedRow]) -> int:
+    """Positions of a batch at which logits are taken, at most: from the first label of any row to the longest's end."""
+    longest = max(len(row.token_ids) for row in rows)
+    first = min(next(place for place, label in enumerate(row.labels) if label != IGNORE_INDEX) for row in rows)
+    return longest - max(first, 1)

@@ -9,9 +9,9 @@ from qlora_trainer.data.batches import (
     BatchPlan,
     collate,
     collate_packed,
-    pack_best_fit,
     epoch_order,
     evaluation_batches,
+    pack_best_fit,
     training_micro_batches,
 )
 from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
