@@ -126,8 +126,9 @@ def footprint_table() -> str:
         for name in ("paged_adamw", "paged_adamw_8bit")
     }
     lines = [
-        "| GB, predicted | parameters | 16-bit weights | NF4 weights and constants | the rest in 16 bit | adapters, gradients "
-        "| activations, workspace | context, allocator | on the card | paged state, 32 bit | 8 bit |",
+        "| GB, predicted | parameters | 16-bit weights | NF4 weights and constants | the rest in 16 bit "
+        "| adapters, gradients | activations, workspace | context, allocator | on the card "
+        "| paged state, 32 bit | 8 bit |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, shape in shapes.items():
@@ -148,9 +149,9 @@ def footprint_table() -> str:
     lines += [
         "",
         "Predicted, not measured: no GPU was at hand. Rank 64 on every linear layer, one row of 512 tokens at a time, "
-        "checkpointing full, NF4 with double quantization, bfloat16. `qlora-trainer check RECIPE --device cuda --memory "
-        "48GB` gives it for a recipe. The paper (QLoRA, arXiv 2305.14314, section 1) tells of more than 780 GB for "
-        "finetuning 65B parameters in 16 bit and of less than 48 GB with QLoRA.",
+        "checkpointing full, NF4 with double quantization, bfloat16. `qlora-trainer check RECIPE --device cuda "
+        "--memory 48GB` gives it for a recipe. The paper (QLoRA, arXiv 2305.14314, section 1) tells of more than 780 GB "
+        "for finetuning 65B parameters in 16 bit and of less than 48 GB with QLoRA.",
     ]
     return "\n".join(lines)
 
@@ -168,8 +169,8 @@ def memory_table() -> str:
     lines += [
         "",
         f"Measure: {result['measure']}. If not said otherwise: Llama, hidden {common['hidden_size']}, "
-        f"{common['num_hidden_layers']} layers, vocabulary {common['vocab_size']:,}, NF4, bfloat16, rank 16, 4 rows of 512 "
-        f"tokens, checkpointing none. Largest error {result['largest_error']:.1%}.",
+        f"{common['num_hidden_layers']} layers, vocabulary {common['vocab_size']:,}, NF4, bfloat16, rank 16, 4 rows of "
+        f"512 tokens, checkpointing none. Largest error {result['largest_error']:.1%}.",
     ]
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from qlora_trainer.stages.train.choosing import choose, cut_of, with_cut
 from qlora_trainer.stages.train.inputs import TrainingInputs
 from qlora_trainer.stages.train.loop import run_steps
 from qlora_trainer.stages.train.progress import Progress
+from qlora_trainer.stages.train.recovery import release_memory
 
 
 def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAdapter:
@@ -26,6 +27,7 @@ def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAd
     if chosen is not None:
         recipe = with_cut(recipe, chosen.cut)
     set_checkpointing(model, cut_of(recipe).checkpointing)
+    release_memory(device)
     reset_peak_allocated(device)
     with PeakMemory() as memory:
         progress = run_steps(model, recipe, inputs, trainable=trainable, path=path, chosen=chosen)
