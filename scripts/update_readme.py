@@ -150,8 +150,8 @@ def footprint_table() -> str:
         "",
         "Predicted, not measured: no GPU was at hand. Rank 64 on every linear layer, one row of 512 tokens at a time, "
         "checkpointing full, NF4 with double quantization, bfloat16. `qlora-trainer check RECIPE --device cuda "
-        "--memory 48GB` gives it for a recipe. The paper (QLoRA, arXiv 2305.14314, section 1) tells of more than 780 GB "
-        "for finetuning 65B parameters in 16 bit and of less than 48 GB with QLoRA.",
+        "--memory 48GB` gives it for a recipe. The paper (QLoRA, arXiv 2305.14314, section 1) tells of more than "
+        "780 GB for finetuning 65B parameters in 16 bit and of less than 48 GB with QLoRA.",
     ]
     return "\n".join(lines)
 
