@@ -52,10 +52,10 @@ class CountingTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         token_ids, labels = inputs["input_ids"], inputs["labels"]
         self.batches.append(
             {
-                "padded_tokens": token_ids.numel(),
+                "computed_tokens": token_ids.numel(),
                 "tokens": int(inputs["attention_mask"].sum()),
                 "label_tokens": int((labels[:, 1:] != -100).sum()),
-                "token_id_sum": int(token_ids.sum()),
+                "token_id_sum": int((token_ids * inputs["attention_mask"]).sum()),
             }
         )
         return super().training_step(model, inputs, *rest, **named)

@@ -1,14 +1,15 @@
 """How long does one optimizer step take here, and how much memory, against TRL + PEFT + bitsandbytes?
 
 Both sides train the same Llama with random weights on the same rows of gsm8k, on the processor, with as many threads.
-They take turns, and each turn is a process of its own: ours in this file, the peer's in ``bench_peer.py``.
+They take turns, and each turn is a process of its own: ours in ``bench_step_turn.py``, on each rung of its ladder, the
+peer's in ``bench_peer.py``, with and without gradient checkpointing.
 
     python scripts/bench_step.py          # needs: pip install -e '.[bench]'
 
 Prints a table and writes ``scripts/results/bench_step.json``. Every batch has one row that fills the window, or nearly,
-and others as they come: all steps multiply matrices of about one size, and padding has its usual share. Both sides
-pad a batch to its longest row. A comparison of different work is refused: the sides must see the same tokens and find
-the same losses and gradient norms, within ``TOLERANCES``.
+and others as they come: all steps multiply matrices of about one size, and padding has its usual share. The peer pads a
+batch to its longest row. A comparison of different work is refused: every turn must see the same tokens and find the
+same losses and gradient norms, within ``TOLERANCES``.
 """
 
 import argparse
@@ -21,53 +22,43 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from bench_step_turn import RUNGS
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging as library_logging
 
-from qlora_trainer.data.batches import collate
 from qlora_trainer.data.encode import EncodedRow, encode_chat
 from qlora_trainer.data.examples import prompt_completion_examples
 from qlora_trainer.data.sources import read_rows
 from qlora_trainer.data.tokenizer import TextTokenizer
-from qlora_trainer.recipe import Lora, Quantization
-from qlora_trainer.records import BaseCheckpoint
-from qlora_trainer.runners.causal_lm import set_checkpointing
-from qlora_trainer.runtime import bnb
-from qlora_trainer.runtime.device import World
 from qlora_trainer.runtime.environment import describe_environment
-from qlora_trainer.runtime.memory import PeakMemory
 from qlora_trainer.runtime.weight_files import copy_companions
-from qlora_trainer.stages.adapt import adapt, choose_layers
-from qlora_trainer.stages.quantize import quantize
-from qlora_trainer.stages.train.step import optimizer_step
 
 ROOT: Final = Path(__file__).parents[1]
-COMMANDS: Final = {
-    "ours": [sys.executable, __file__, "--our-turn"],
-    "peer": [sys.executable, str(Path(__file__).with_name("bench_peer.py"))],
+OURS: Final = [sys.executable, str(Path(__file__).with_name("bench_step_turn.py"))]
+PEERS: Final = [sys.executable, str(Path(__file__).with_name("bench_peer.py"))]
+TURNS: Final = {
+    "peer": PEERS,
+    "peer_checkpointed": [*PEERS, "--gradient-checkpointing"],
+    **{rung: [*OURS, "--rung", rung] for rung in RUNGS},
 }
+"""Command of each turn, less its folder and result. The peers come first: the others are compared with them."""
 RESULT: Final = ROOT / "scripts/results/bench_step.json"
 WARM_UP_STEPS: Final = 1
-TOLERANCES: Final = {"nats_before_training": 1e-4, "nats_while_training": 5e-3, "gradient_norm": 0.01}
-"""By how much the sides may differ in a step: nats per label token, and a share of the norm.
+TOLERANCES: Final = {"nats_before_training": 1e-3, "nats_while_training": 5e-3, "gradient_norm": 0.01}
+"""By how much a turn may differ from the peer's in a step: nats per label token, and a share of the norm.
 
-Before the first update only rounding tells the sides apart; 1e-5 nats were measured. After it the peer's adapters are
-rounded to bfloat16 and ours are not. After two steps, in which the loss fell by 0.29 nats, the sides were 2.2e-3 apart;
-with our adapters rounded as well, 1.0e-3. The peer gives its gradient norm in bfloat16.
+Before the first update only rounding tells them apart; 1.4e-4 nats were measured, between padded and packed rows, whose
+matrix products bfloat16 rounds in another order. The peer gives its gradient norm in bfloat16.
 """
 QUIET_SPREAD: Final = 0.15
 """Step times that differ by more than this share of their median are pointed out: the machine was not quiet."""
-CONFIGURATIONS: Final = {"with_checkpointing": True, "without_checkpointing": False}
-TOKEN_KINDS: Final = ("padded_tokens", "tokens", "label_tokens")
+TOKEN_KINDS: Final = ("tokens", "label_tokens")
 
 Json = dict[str, Any]
 
@@ -131,75 +122,10 @@ def choose_rows(rows: list[EncodedRow], *, steps: int) -> list[EncodedRow]:
     return [row for n in range(steps) for row in (fitting[n], *others[n * per_batch : (n + 1) * per_batch])]
 
 
-def run_ours(folder: Path, *, gradient_checkpointing: bool) -> Json:
-    """Our side, by the functions of which the stages are made."""
-    job = json.loads((folder / "job.json").read_text())
-    with PeakMemory() as memory:
-        model = adapted_model(folder, job)
-        set_checkpointing(model, wanted=gradient_checkpointing)
-        steps = train(model, job)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {
-        "threads": torch.get_num_threads(),
-        "trainable_parameters": trainable,
-        "peak_bytes": memory.peak_bytes(),
-        "steps": steps,
-    }
-
-
-def adapted_model(folder: Path, job: Json) -> nn.Module:
-    """The folder's model in NF4 with double quantization and adapters on all linear layers; quantizes it once."""
-    lora = Lora(rank=job["rank"], alpha=job["alpha"])
-    settings = Quantization(cache_folder=str(folder / "quantized"))
-    base = BaseCheckpoint(folder=folder / "model", parameters=0, bytes=0)
-    layers = choose_layers(base, lora)
-    quantized = quantize(base, settings, lora=lora, layers=layers, content_key="random weights")
-    model: nn.Module = adapt(quantized, lora, layers=layers, compute_dtype=settings.compute_dtype, seed=job["seed"])
-    return model.train()
-
-
-def train(model: nn.Module, job: Json) -> list[Json]:
-    """Takes one step on each batch; changes the model's adapters."""
-    pairs = zip(job["token_ids"], job["labels"], strict=True)
-    rows = [EncodedRow(tuple(token_ids), tuple(labels), (), "", "") for token_ids, labels in pairs]
-    optimizer = bnb.make_optimizer(
-        job["optimizer"],
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        learning_rate=job["learning_rate"],
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-    )
-    steps = []
-    for start in range(0, len(rows), job["micro_batch_size"]):
-        began = time.perf_counter(), time.process_time()
-        batch = collate(rows, range(start, start + job["micro_batch_size"]), job["pad_id"])
-        result = optimizer_step(
-            model,
-            [batch],
-            optimizer,
-            max_gradient_norm=job["max_gradient_norm"],
-            world=World.current(),
-            name_rows=str,
-        )
-        steps.append(
-            {
-                "seconds": time.perf_counter() - began[0],
-                "cpu_seconds": time.process_time() - began[1],
-                "padded_tokens": batch.token_ids.numel(),
-                "tokens": sum(len(rows[index].token_ids) for index in batch.row_indexes),
-                "label_tokens": result.label_tokens,
-                "token_id_sum": int(batch.token_ids.sum()),
-                "nats_per_token": float(result.nats) / result.label_tokens,
-                "gradient_norm": result.gradient_norm,
-            }
-        )
-    return steps
-
-
-def take_turn(side: str, folder: Path, *, gradient_checkpointing: bool, threads: int) -> Json:
-    """One run of one side in a process of its own."""
-    result = folder / f"{side}.json"
-    command = [*COMMANDS[side], str(folder), str(result), *["--gradient-checkpointing"] * gradient_checkpointing]
+def take_turn(name: str, folder: Path, *, threads: int) -> Json:
+    """One run of one turn in a process of its own."""
+    result = folder / f"{name}.json"
+    command = [*TURNS[name][:2], str(folder), str(result), *TURNS[name][2:]]
     settings = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -209,7 +135,7 @@ def take_turn(side: str, folder: Path, *, gradient_checkpointing: bool, threads:
 
 
 def figures(turns: list[Json]) -> Json:
-    """What one side needed in one configuration, over the measured steps of all its turns."""
+    """What one side needed on one rung, over the measured steps of all its turns."""
     measured = [step for turn in turns for step in turn["steps"][WARM_UP_STEPS:]]
     seconds = [step["seconds"] for step in measured]
     step_seconds = statistics.median(seconds)
@@ -249,31 +175,42 @@ def differences(ours: Json, peer: Json) -> dict[str, float]:
 
 
 def compare(turns: dict[str, list[Json]]) -> Json:
-    """Both sides' figures in one configuration, and how they compare."""
-    sides = {side: figures(taken) for side, taken in turns.items()}
-    ours, peer = sides["ours"], sides["peer"]
-    apart = [differences(*pair) for pair in zip(turns["ours"], turns["peer"], strict=True)]
-    return {
-        **sides,
-        "largest_differences": {name: max(found[name] for found in apart) for name in TOLERANCES},
-        "times_as_fast": peer["step_seconds"] / ours["step_seconds"],
-        "share_of_peer_memory": ours["peak_bytes"] / peer["peak_bytes"],
-    }
+    """Every turn's figures, and how those on our rungs compare with the peer's."""
+    found = {name: figures(taken) for name, taken in turns.items()}
+    for rung in (name for name in turns if name in RUNGS):
+        own = found[rung]
+        apart = [differences(*pair) for pair in zip(turns[rung], turns["peer"], strict=True)]
+        own["largest_differences"] = {name: max(one[name] for one in apart) for name in TOLERANCES}
+        for peer in ("peer", "peer_checkpointed"):
+            own[f"times_as_fast_as_{peer}"] = found[peer]["step_seconds"] / own["step_seconds"]
+            own[f"share_of_memory_of_{peer}"] = own["peak_bytes"] / found[peer]["peak_bytes"]
+        own["share_of_matrix_rate"] = share_of_matrix_rate(turns[rung])
+    return found
+
+
+def share_of_matrix_rate(turns: list[Json]) -> float:
+    """Matrix work of a step over what the processor could have multiplied in that time, measured in the same turn."""
+    return statistics.median(
+        step["matrix_flops"] / (step["seconds"] * turn["matrix_flops_per_second"])
+        for turn in turns
+        for step in turn["steps"][WARM_UP_STEPS:]
+    )
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Json:
-    """Both sides in turns, with and without gradient checkpointing, ``args.rounds`` times over."""
-    turns: dict[bool, dict[str, list[Json]]] = {wanted: {side: [] for side in COMMANDS} for wanted in (True, False)}
-    for _, wanted, side in product(range(args.rounds), turns, COMMANDS):
-        turn = take_turn(side, folder, gradient_checkpointing=wanted, threads=args.threads)
-        print(f"{side}, checkpointing {wanted}: {[round(step['seconds'], 2) for step in turn['steps']]} s", flush=True)
-        turns[wanted][side].append(turn)
-        if side == "peer":
-            # Now already, because the whole takes minutes.
-            differences(turns[wanted]["ours"][-1], turn)
-    result = {configuration: compare(turns[wanted]) for configuration, wanted in CONFIGURATIONS.items()}
-    largest_spread = max(compared[side]["spread"] for compared in result.values() for side in COMMANDS)
-    return {"was_quiet": largest_spread <= QUIET_SPREAD, "largest_spread": largest_spread} | result
+    """All turns, ``args.rounds`` times over."""
+    turns: dict[str, list[Json]] = {name: [] for name in TURNS}
+    for _ in range(args.rounds):
+        for name, taken in turns.items():
+            turn = take_turn(name, folder, threads=args.threads)
+            print(f"{name}: {[round(step['seconds'], 2) for step in turn['steps']]} s", flush=True)
+            taken.append(turn)
+            if name in RUNGS:
+                # Now already, because the whole takes minutes.
+                differences(turn, turns["peer"][-1])
+    compared = compare(turns)
+    largest_spread = max(found["spread"] for found in compared.values())
+    return {"was_quiet": largest_spread <= QUIET_SPREAD, "largest_spread": largest_spread, "turns": compared}
 
 
 def circumstances(job: Json, args: argparse.Namespace) -> Json:
@@ -292,27 +229,24 @@ def circumstances(job: Json, args: argparse.Namespace) -> Json:
         "shape": QUICK_SHAPE if args.quick else SHAPE,
         "job": JOB | {"row_tokens": lengths},
         "peer": PEER,
+        "does": {
+            "peer": "TRL + PEFT + bitsandbytes",
+            "peer_checkpointed": "the same with gradient checkpointing",
+            **{name: rung.does for name, rung in RUNGS.items()},
+        },
     }
 
 
 def table(result: Json) -> str:
-    """The figures as text, one line for each side and configuration."""
-    lines = [
-        f"{'side':6}{'checkpointing':>14}{'s/step':>8}{'spread':>8}{'peak GiB':>10}"
-        + "".join(f"{kind + '/s':>16}" for kind in TOKEN_KINDS)
-    ]
-    for configuration, wanted in CONFIGURATIONS.items():
-        compared = result[configuration]
-        for side in COMMANDS:
-            own = compared[side]
-            rates = "".join(f"{own[f'{kind}_per_second']:>16.1f}" for kind in TOKEN_KINDS)
-            numbers = f"{own['step_seconds']:>8.2f}{own['spread']:>8.1%}{own['peak_bytes'] / 2**30:>10.2f}"
-            lines.append(f"{side:6}{'on' if wanted else 'off':>14}{numbers}{rates}")
-        apart = ", ".join(f"{name} {value:.1e}" for name, value in compared["largest_differences"].items())
-        lines.append(
-            f"    ours is {compared['times_as_fast']:.2f} times as fast, in {compared['share_of_peer_memory']:.0%} of "
-            f"the memory; the sides differ by at most: {apart}"
-        )
+    """The figures as text, one line a turn."""
+    lines = [f"{'turn':18}{'s/step':>8}{'spread':>8}{'label tokens/s':>16}{'peak GiB':>10}{'times peer':>18}"]
+    for name, own in result["turns"].items():
+        numbers = f"{own['step_seconds']:>8.2f}{own['spread']:>8.1%}{own['label_tokens_per_second']:>16.1f}"
+        line = f"{name:18}{numbers}{own['peak_bytes'] / 2**30:>10.2f}"
+        if name in RUNGS:
+            times = [own[f"times_as_fast_as_{peer}"] for peer in ("peer", "peer_checkpointed")]
+            line += f"{times[0]:>9.2f}{times[1]:>9.2f}, {own['share_of_matrix_rate']:.0%} of the matrix rate"
+        lines.append(line)
     if not result["was_quiet"]:
         lines.append(f"The machine was not quiet: step times spread by up to {result['largest_spread']:.0%}.")
     return "\n".join(lines)
@@ -320,21 +254,14 @@ def table(result: Json) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--our-turn", nargs=2, type=Path, metavar=("FOLDER", "RESULT"), help="what a turn of ours runs")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="with --our-turn")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/gsm8k/train.jsonl")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "recipes/quickstart/base", help="its folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side in each configuration")
+    parser.add_argument("--rounds", type=int, default=1, help="times that every turn is taken")
     parser.add_argument("--steps", type=int, default=3, help="measured steps in a turn")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script; needs --out")
     args = parser.parse_args()
-    if args.our_turn:
-        folder, result = args.our_turn
-        turn = run_ours(folder, gradient_checkpointing=args.gradient_checkpointing)
-        result.write_text(json.dumps(turn))
-        return
     if args.quick and args.out == RESULT:
         parser.error("--quick measures a tiny model: give another file than the committed result with --out")
     if importlib.util.find_spec("trl") is None:

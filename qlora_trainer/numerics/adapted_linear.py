@@ -58,48 +58,41 @@ def adapted_linear(x: Tensor, layer: FrozenLayer, update: LowRankUpdate, *, drop
     Returns:
         Shape ``(..., O)``, type of ``x``.
     """
-    # Flat: a product with a bias over more axes is a view inside, which must not be written into.
-    flat = x.flatten(end_dim=-2)
-    output = _FrozenProduct.apply(flat, layer)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    of_update = flat if dropped is None else dropped.flatten(end_dim=-2)
-    result: Tensor = _AddedUpdate.apply(output, of_update, update.lora_a, update.lora_b, update.scale)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return result.view(*x.shape[:-1], -1)
+    result: Tensor = _AdaptedLinear.apply(x, dropped, update.lora_a, update.lora_b, layer, update.scale)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
 
 
-class _FrozenProduct(Function):
-    """``x W^T + b`` of x ``(T, I)``."""
-
+class _AdaptedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLayer) -> Tensor:
-        ctx.layer = layer
-        return functional.linear(x, layer.weight(), layer.bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.layer.weight(), None
-
-
-class _AddedUpdate(Function):
-    """``y + s (x A^T) B^T`` of y ``(T, O)`` and x ``(T, I)``, written into y."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-        down = x @ lora_a.to(x.dtype).t()
-        y.addmm_(down, lora_b.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, down, lora_a, lora_b)
-        ctx.scale = scale
-        ctx.mark_dirty(y)
-        return y
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        layer: FrozenLayer,
+        scale: float,
+    ) -> Tensor:
+        flat = x.flatten(end_dim=-2)
+        updated = flat if dropped is None else dropped.flatten(end_dim=-2)
+        down = updated @ lora_a.to(x.dtype).t()
+        output = functional.linear(flat, layer.weight(), layer.bias).addmm_(down, lora_b.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(updated, down, lora_a, lora_b)
+        ctx.layer, ctx.scale, ctx.shape, ctx.is_dropped = layer, scale, x.shape, dropped is not None
+        return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
-        (of_output,) = gradients
-        x, down, lora_a, lora_b = ctx.saved_tensors
-        of_down = (of_output @ lora_b.to(x.dtype)).mul_(ctx.scale)
-        of_x = of_down @ lora_a.to(x.dtype) if ctx.needs_input_grad[1] else None
-        of_a = of_down.t() @ x
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None]:
+        updated, down, lora_a, lora_b = ctx.saved_tensors
+        of_output = gradients[0].flatten(end_dim=-2)
+        of_down = (of_output @ lora_b.to(down.dtype)).mul_(ctx.scale)
+        of_x, of_dropped = of_output @ ctx.layer.weight(), None
+        if ctx.is_dropped:
+            of_dropped = (of_down @ lora_a.to(down.dtype)).view(ctx.shape)
+        else:
+            of_x.addmm_(of_down, lora_a.to(down.dtype))
+        of_a = of_down.t() @ updated
         # Not of_output^T down: a processor multiplies faster where the long side is not the one to be transposed.
         of_b = (down.t() @ of_output).mul_(ctx.scale).t().contiguous()
-        return of_output, of_x, of_a.to(lora_a.dtype), of_b.to(lora_b.dtype), None
+        return of_x.view(ctx.shape), of_dropped, of_a.to(lora_a.dtype), of_b.to(lora_b.dtype), None, None

@@ -18,8 +18,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK_VALUES: Final = 2**22
-"""Logits that are held at once: 16 MiB in float32, so that the C library reuses the memory of the last chunk."""
+CHUNK_VALUES: Final = 2**23
+"""Logits that are held at once: 32 MiB in float32; the C library would not reuse the memory of larger chunks."""
+CHUNK_MULTIPLE: Final = 64
+"""Tokens of a chunk are a multiple of it where they can be: matrix units multiply by tiles."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class OutputHead:
     @property
     def chunk_rows(self) -> int:
         """Tokens whose logits are held at once, at least one."""
-        return max(1, CHUNK_VALUES // self.weight.shape[0])
+        rows = max(1, CHUNK_VALUES // self.weight.shape[0])
+        return rows if rows < CHUNK_MULTIPLE else rows - rows % CHUNK_MULTIPLE
 
 
 def chunked_nats(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.numerics.chunked_loss import OutputHead, summed_chunked_nats
-from qlora_trainer.numerics.loss import IGNORE_INDEX, summed_nats
+from qlora_trainer.numerics.chunked_loss import OutputHead, chunked_nats, summed_chunked_nats
+from qlora_trainer.numerics.loss import IGNORE_INDEX, nats_by_row, summed_nats
 from qlora_trainer.runners.causal_lm.attention import BOUNDARIES, documents_attended
 from qlora_trainer.runners.causal_lm.head import output_head
 from qlora_trainer.runners.causal_lm.logits import label_logits
@@ -57,12 +57,20 @@ class LossPath:
         device = next(model.parameters()).device
         if self.head is None:
             return summed_nats(*label_logits(model, token_ids.to(device), labels.to(device)))
-        # Found on the CPU: on a device this would wait for it.
-        places = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-        targets = labels[:, 1:][places].to(device, non_blocking=True)
-        hidden = _hidden_states(model, token_ids.to(device, non_blocking=True), boundaries)
-        chosen = hidden[tuple(place.to(device, non_blocking=True) for place in places)]
-        return summed_chunked_nats(chosen, targets, self.head)
+        hidden, targets, _ = _label_states(model, token_ids, labels, boundaries)
+        return summed_chunked_nats(hidden, targets, self.head)
+
+    def nats_by_row(self, model: nn.Module, token_ids: Tensor, labels: Tensor) -> list[float]:
+        """Negative log likelihood summed over the label tokens of each padded row; not differentiable.
+
+        Arguments are those of ``summed_nats``.
+        """
+        device = next(model.parameters()).device
+        if self.head is None:
+            return nats_by_row(*label_logits(model, token_ids.to(device), labels.to(device))).tolist()
+        hidden, targets, rows = _label_states(model, token_ids, labels, None)
+        nats = chunked_nats(hidden, targets, self.head)
+        return torch.zeros(len(token_ids), device=device).index_add_(0, rows, nats).tolist()
 
 
 def find_loss_path(model: nn.Module) -> LossPath:
@@ -101,6 +109,19 @@ def _what_leaks(model: nn.Module, head: OutputHead, documents: Sequence[Tensor],
     except ValueError as error:
         return str(error)
     return "" if _agree(head.logits(hidden), wanted) else "packed documents are not kept apart by its layers"
+
+
+def _label_states(
+    model: nn.Module, token_ids: Tensor, labels: Tensor, boundaries: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States that predict labels ``(P, width)``, the labels ``(P,)``, and the row of each ``(P,)``."""
+    device = next(model.parameters()).device
+    # Found on the CPU: on a device this would wait for it.
+    rows, places = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    targets = labels[rows, places + 1].to(device, non_blocking=True)
+    hidden = _hidden_states(model, token_ids.to(device, non_blocking=True), boundaries)
+    rows, places = rows.to(device, non_blocking=True), places.to(device, non_blocking=True)
+    return hidden[rows, places], targets, rows
 
 
 def _hidden_states(model: nn.Module, token_ids: Tensor, boundaries: Sequence[int] | None) -> Tensor:

@@ -9,8 +9,7 @@ from torch import nn
 
 from qlora_trainer.data.batches import collate, evaluation_batches
 from qlora_trainer.data.encode import EncodedRow
-from qlora_trainer.numerics.loss import nats_by_row
-from qlora_trainer.runners.causal_lm import label_logits
+from qlora_trainer.runners.causal_lm import find_loss_path
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,12 @@ class RowLosses:
 def row_losses(model: nn.Module, rows: Sequence[EncodedRow], *, batch_size: int, pad_id: int) -> RowLosses:
     """Scores every row; leaves the model in eval mode."""
     model.eval()
-    device = next(model.parameters()).device
+    path = find_loss_path(model)
     nats = [0.0] * len(rows)
     began = time.perf_counter()
     for indexes in evaluation_batches([len(row.token_ids) for row in rows], batch_size):
         batch = collate(rows, indexes, pad_id)
-        logits, labels = label_logits(model, batch.token_ids.to(device), batch.labels.to(device))
-        for index, value in zip(indexes, nats_by_row(logits, labels).tolist(), strict=True):
+        for index, value in zip(indexes, path.nats_by_row(model, batch.token_ids, batch.labels), strict=True):
             nats[index] = value
     return RowLosses(
         nats=tuple(nats),

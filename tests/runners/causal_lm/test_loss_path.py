@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora_trainer.data.batches import Batch, collate, collate_packed
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.numerics.loss import IGNORE_INDEX
-from qlora_trainer.runners.causal_lm import find_loss_path, set_checkpointing
+from qlora_trainer.runners.causal_lm import LossPath, find_loss_path, set_checkpointing
 from qlora_trainer.runners.causal_lm.attention import documents_attended
 from tests.stages.workbench import random_rows
 
@@ -71,14 +71,18 @@ def loss_and_gradient(model: nn.Module, batches: list[Batch]) -> tuple[float, Te
     )
 
 
+def models_loss(model: nn.Module, row: EncodedRow) -> Tensor:
+    token_ids, labels = torch.tensor([row.token_ids]), torch.tensor([row.labels])
+    nats: Tensor = model(input_ids=token_ids, labels=labels, use_cache=False).loss
+    return nats * int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
 def models_own(model: nn.Module, rows: list[EncodedRow]) -> tuple[float, Tensor]:
     """Loss by transformers' own loss function, row by row."""
     model.zero_grad()
     total = 0.0
     for row in rows:
-        token_ids, labels = torch.tensor([row.token_ids]), torch.tensor([row.labels])
-        count = int((labels[:, 1:] != IGNORE_INDEX).sum())
-        nats = model(input_ids=token_ids, labels=labels, use_cache=False).loss * count
+        nats = models_loss(model, row)
         nats.backward()
         total += nats.item()
     return total, torch.cat(
@@ -96,6 +100,20 @@ def test_packed_and_padded_are_the_models_own_loss_and_gradient(name: str) -> No
         loss, gradient = loss_and_gradient(model, [batch])
         assert loss == pytest.approx(wanted_loss, rel=1e-5)
         assert (gradient - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, capped"])
+def test_losses_of_rows_are_those_of_each_row_alone(name: str) -> None:
+    model = model_of(name).eval()
+    batch = collate(ROWS, range(4), 2)
+    with torch.no_grad():
+        path = find_loss_path(model)
+        found = path.nats_by_row(model, batch.token_ids, batch.labels)
+        plain = LossPath(None, packs=False).nats_by_row(model, batch.token_ids, batch.labels)
+        alone = [float(models_loss(model, row)) for row in ROWS]
+    assert path.head is not None
+    assert found == pytest.approx(alone, rel=1e-5)
+    assert plain == pytest.approx(alone, rel=1e-5)
 
 
 def test_checkpointed_layers_attend_to_packed_documents_when_they_are_computed_again() -> None:
