@@ -59,8 +59,13 @@ def of_loss(shape: ModelShape, load: TrainingLoad) -> int:
     in float32 (counted with torch.profiler).
     """
     states = (2 * load.tokens + 2 * load.label_tokens) * shape.hidden * load.compute_bytes
-    rows = min(load.label_tokens, max(1, LOSS_CHUNK_VALUES // shape.vocabulary))
-    return states + rows * shape.vocabulary * (load.compute_bytes + 12)
+    return states + of_chunk(shape, load.label_tokens, load.compute_bytes)
+
+
+def of_chunk(shape: ModelShape, label_tokens: int, compute_bytes: int) -> int:
+    """Bytes of the logits that the loss holds at once, with their softmax and its work copies."""
+    rows = min(label_tokens, max(1, LOSS_CHUNK_VALUES // shape.vocabulary))
+    return rows * shape.vocabulary * (compute_bytes + 12)
 
 
 def of_dequantization(shape: ModelShape, load: TrainingLoad) -> int:

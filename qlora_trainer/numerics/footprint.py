@@ -85,7 +85,10 @@ def training_memory(shape: ModelShape, load: TrainingLoad) -> Footprint:
             ),
             **of_a_step,
             KEPT_BY_ALLOCATOR: kept_by_allocator(
-                load, of_a_step=sum(of_a_step.values()), tensors=5 * len(sizes) + 3 * len(shape.linears) * shape.layers
+                load,
+                of_a_step=sum(of_a_step.values()),
+                of_layer_at_work=activations.of_layer_at_work(shape, load),
+                tensors=5 * len(sizes) + 3 * len(shape.linears) * shape.layers,
             ),
         }
     )
@@ -97,7 +100,6 @@ def scoring_memory(
     compute_bytes: int,
     rows: int,
     row_tokens: int,
-    label_positions: int,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Footprint:
     """Peak memory of scoring and generating with unquantized weights, which is the largest model that a run loads.
@@ -107,7 +109,6 @@ def scoring_memory(
         compute_bytes: bytes of a weight and of an activation.
         rows: rows in one pass.
         row_tokens: tokens of the longest row, generated ones included.
-        label_positions: positions of a row at which logits are taken; those of all rows are held at once.
         device: where it runs.
     """
     keys_and_values = 2 * shape.layers * shape.kv_heads * shape.head_dim
@@ -119,7 +120,6 @@ def scoring_memory(
             "keys and values": compute_bytes * rows * row_tokens * keys_and_values,
             # Nothing is kept for a backward pass: one layer at a time, its residual stream in float32 too.
             "activations": rows * row_tokens * (compute_bytes * widest + 4 * shape.hidden),
-            # Logits, float32 copies of them, and log-probabilities.
-            "logits of label tokens": rows * label_positions * shape.vocabulary * (compute_bytes + 8),
+            "logits, a chunk at a time": activations.of_chunk(shape, rows * row_tokens, compute_bytes),
         }
     )

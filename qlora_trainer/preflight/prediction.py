@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from math import ceil
 from typing import Literal
 
-from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
+from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.export_formats import FACTS, merge_bases
 from qlora_trainer.numerics.activations import plain_layer_bytes_per_token
 from qlora_trainer.numerics.device_overhead import KEPT_BY_ALLOCATOR, fixed_overhead, kept_by_allocator
@@ -109,7 +109,6 @@ def memory_predictions(recipe: Recipe, shape: ModelShape, rows: TaskRows, load: 
         compute_bytes=FLOAT_BYTES[recipe.quantization.compute_dtype],
         rows=min(recipe.evaluation.batch_size, len(rows.test)),
         row_tokens=longest + new_tokens,
-        label_positions=_label_span(rows.test),
         device=load.device,
     )
     predicted = {"training": training_memory(shape, load), "evaluation": evaluation}
@@ -163,7 +162,9 @@ def _rounding_memory(recipe: Recipe, shape: ModelShape, load: TrainingLoad) -> F
             "Gram matrices of a block": 4 * sum(inputs**2 for _, inputs in shape.linears.values()),
             "hidden states of calibration rows": 4 * 4 * rows * load.row_tokens * shape.hidden,
             **of_a_step,
-            KEPT_BY_ALLOCATOR: kept_by_allocator(load, of_a_step=sum(of_a_step.values()), tensors=0),
+            KEPT_BY_ALLOCATOR: kept_by_allocator(
+                load, of_a_step=sum(of_a_step.values()), of_layer_at_work=of_a_step["activations"], tensors=0
+            ),
         }
     )
 
@@ -180,10 +181,3 @@ def _largest_micro_batch(rows: Sequence[EncodedRow], size: int, training: Traini
         tokens = min(tokens, sum(lengths[: training.batch_size]))
     share = max(row.label_count / len(row.token_ids) for row in rows)
     return tokens, ceil(tokens * share), lengths[0]
-
-
-def _label_span(rows: Sequence[EncodedRow]) -> int:
-    """Positions of a batch at which logits are taken, at most: from the first label of any row to the longest's end."""
-    longest = max(len(row.token_ids) for row in rows)
-    first = min(next(place for place, label in enumerate(row.labels) if label != IGNORE_INDEX) for row in rows)
-    return longest - max(first, 1)

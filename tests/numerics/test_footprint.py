@@ -24,7 +24,7 @@ def test_65b_parameters_train_in_less_than_48_gb_and_more_than_their_weights(opt
 
 
 def test_16_bit_weights_alone_would_not_fit_where_qlora_does() -> None:
-    scoring = scoring_memory(LLAMA_65B, compute_bytes=2, rows=1, row_tokens=512, label_positions=512)
+    scoring = scoring_memory(LLAMA_65B, compute_bytes=2, rows=1, row_tokens=512)
     assert scoring.items["16-bit weights"] > 2 * 48e9
 
 
