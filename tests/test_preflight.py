@@ -245,7 +245,8 @@ def test_what_fits_is_told_for_every_policy(here: Path, llama_folder: Path, monk
     assert [room.checkpointing for room in found.rooms] == ["none", "selective", "full"]
     assert found.cut == Cut(2, "selective")
     assert found.rooms[1].needed_bytes == found.memory[0].needed.total
-    assert 2 < found.rooms[0].largest_micro_batch < found.rooms[2].largest_micro_batch
+    # Of two layers none is saved by computing them again, so the policies are not compared here.
+    assert all(room.largest_micro_batch > 2 < room.longest_window for room in found.rooms)
 
 
 def test_auto_is_predicted_as_the_first_that_fits(
