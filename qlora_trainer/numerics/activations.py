@@ -92,10 +92,10 @@ def _adapter_input_width(shape: ModelShape, adapted: dict[str, tuple[int, int]])
 
 
 def _extras(shape: ModelShape, load: TrainingLoad) -> dict[str, int]:
-    """What dropout and DoRA add, which take autograd's own way: each adapted layer a float32 copy of its input."""
+    """What dropout, DoRA and int8 bases add, which take peft's own way: each adapted layer a float32 copy of its input."""
     adapted = load.adapted(shape).values()
     extras = {}
-    if load.has_dropout or load.use_dora:
+    if load.has_dropout or load.use_dora or load.data_type == "int8":
         extras["float32 inputs of adapters"] = 4 * sum(columns for _, columns in adapted)
     if load.has_dropout:
         extras["dropout"] = 4 * sum(columns for _, columns in adapted)
