@@ -46,7 +46,10 @@ def of_layer_at_work(shape: ModelShape, load: TrainingLoad) -> int:
 
     The widest moment is the gated product: gradients of gate and up, the activation made again, and the product.
     """
-    gradients = load.tokens * load.compute_bytes * (4 * shape.ffn + 2 * shape.hidden)
+    # Attention: 128 queries at a time with all keys of a document, scores in float32 and three copies; then the
+    # gradients of keys and values in float32.
+    attention = load.row_tokens * shape.heads * (128 * (4 + 3 * load.compute_bytes) + 8 * shape.head_dim)
+    gradients = attention + load.tokens * load.compute_bytes * (4 * shape.ffn + 2 * shape.hidden)
     if load.checkpointing == "none":
         return gradients
     return gradients + load.tokens * sum(kept_by_layer(shape, load).values())
@@ -92,7 +95,7 @@ def _adapter_input_width(shape: ModelShape, adapted: dict[str, tuple[int, int]])
 
 
 def _extras(shape: ModelShape, load: TrainingLoad) -> dict[str, int]:
-    """What dropout, DoRA and int8 bases add, which take peft's own way: each adapted layer a float32 copy of its input."""
+    """What dropout, DoRA and int8 bases add, which go peft's own way: a float32 copy of each adapted layer's input."""
     adapted = load.adapted(shape).values()
     extras = {}
     if load.has_dropout or load.use_dora or load.data_type == "int8":
