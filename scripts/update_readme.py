@@ -12,8 +12,14 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from qlora_trainer.numerics.device_overhead import KEPT_BY_ALLOCATOR
+from qlora_trainer.numerics.footprint import PAGED, training_memory
+from qlora_trainer.numerics.model_shape import ModelShape
+from qlora_trainer.numerics.training_load import TrainingLoad
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results"
+SHAPES = ROOT / "scripts" / "shapes"
 
 
 def quickstart_table() -> str:
@@ -110,6 +116,66 @@ def streaming_table() -> str:
     return "\n".join(lines)
 
 
+def footprint_table() -> str:
+    """Predicted memory of models that need a GPU: rank 64, one row of 512 tokens, everything computed again."""
+    shapes = {
+        path.stem: ModelShape.from_config(json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(SHAPES.glob("*.json"), key=lambda path: int(re.findall(r"\d+", path.stem)[-1]))
+    }
+    loads = {
+        name: TrainingLoad(rank=64, optimizer=name, accumulates=True, device="cuda")
+        for name in ("paged_adamw", "paged_adamw_8bit")
+    }
+    lines = [
+        "| GB, predicted | parameters | 16-bit weights | NF4 weights and constants | the rest in 16 bit "
+        "| adapters, gradients | activations, workspace | context, allocator | on the card "
+        "| paged state, 32 bit | 8 bit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, shape in shapes.items():
+        full, small = (training_memory(shape, loads[each]) for each in ("paged_adamw", "paged_adamw_8bit"))
+        items = full.items
+        groups = (
+            items["quantized weights"] + items["quantization constants"],
+            items["embeddings, norms, head"],
+            items["adapters (float32)"] + items["gradients (float32)"],
+            sum(items[each] for each in ("kept for the backward pass", "layer at work", "dequantized weights")),
+            sum(items[each] for each in ("CUDA context", "cuBLAS workspace", KEPT_BY_ALLOCATOR)),
+            full.total - items[PAGED],
+            items[PAGED],
+            small.items[PAGED],
+        )
+        cells = " | ".join(f"{size / 1e9:.1f}" for size in (2 * shape.parameters, *groups))
+        lines.append(f"| {name.replace('_', ' ')} | {shape.parameters / 1e9:.1f}B | {cells} |")
+    lines += [
+        "",
+        "Predicted, not measured: no GPU was at hand. Rank 64 on every linear layer, one row of 512 tokens at a time, "
+        "checkpointing full, NF4 with double quantization, bfloat16. `qlora-trainer check RECIPE --device cuda "
+        "--memory 48GB` gives it for a recipe. The paper (QLoRA, arXiv 2305.14314, section 1) tells of more than "
+        "780 GB for finetuning 65B parameters in 16 bit and of less than 48 GB with QLoRA.",
+    ]
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    """Predicted peak memory of training beside the measured one."""
+    result = json.loads((RESULTS / "bench_memory.json").read_text(encoding="utf-8"))
+    lines = ["| case | predicted MiB | measured MiB | error |", "|---|---|---|---|"]
+    for name, case in result["cases"].items():
+        lines.append(
+            f"| {name} | {case['predicted_bytes'] / 2**20:,.0f} | {case['measured_bytes'] / 2**20:,.0f} "
+            f"| {case['error']:+.1%} |"
+        )
+    common = result["common"]["model"]
+    lines += [
+        "",
+        f"Measure: {result['measure']}. If not said otherwise: Llama, hidden {common['hidden_size']}, "
+        f"{common['num_hidden_layers']} layers, vocabulary {common['vocab_size']:,}, NF4, bfloat16, rank 16, 4 rows of "
+        f"512 tokens, checkpointing none. Largest error {result['largest_error']:.1%}.",
+    ]
+    return "\n".join(lines)
+
+
 def _share_and_loss(cells: list[dict[str, Any]], grid: str, key: tuple[str, str]) -> str:
     rows = [
         row
@@ -165,6 +231,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench_export": export_table,
     "bench_export_peers": peers_table,
     "bench_streaming": streaming_table,
+    "footprint": footprint_table,
+    "bench_memory": memory_table,
 }
 
 

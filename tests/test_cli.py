@@ -169,6 +169,7 @@ def test_check_shows_everything_and_ends_with_the_command_to_run(recipe: Path) -
     assert titles == [
         "Recipe, defaults included",
         "Prediction: training, memory of this machine",
+        "What fits into that memory, by training.checkpointing",
         "Prediction: evaluation, memory of this machine",
         "Prediction: the run, disk of runs",
         "Plan",

@@ -14,7 +14,7 @@ from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.export_formats import FACTS, missing_modules, unfit_layers
 from qlora_trainer.numerics.footprint import Footprint
 from qlora_trainer.numerics.model_shape import ModelShape
-from qlora_trainer.preflight.prediction import memory_predictions, training_load
+from qlora_trainer.preflight.prediction import cuts, memory_predictions, training_load
 from qlora_trainer.recipe import BaseModelSource, Recipe
 from qlora_trainer.stages import base_model, dataset
 from tests.public_models import CONFIGS, family_of, public_config, stand_in, write_tokenizer
@@ -116,7 +116,7 @@ def predictions(path: Path) -> dict[str, Footprint]:
     rows = dataset.TaskRows(
         train=(row,), validation=(row,), test=(row,) * 200, audit=None, stop_ids=(), pad_id=0, notes=(), tokenizer=None
     )
-    return memory_predictions(recipe, shape, rows, training_load(recipe, rows, "cuda"))
+    return memory_predictions(recipe, shape, rows, training_load(recipe, rows.train, "cuda", cuts(recipe)[0]))
 
 
 def test_every_model_that_people_look_for_has_a_recipe() -> None:
@@ -146,7 +146,8 @@ def test_a_recipe_fits_the_card_that_it_names(path: Path) -> None:
     assert needed["training"] <= 0.9 * card * GIB
     assert needed["rounding"] <= 0.9 * card * GIB
     if memory:
-        assert needed["evaluation"] > 0.9 * card * GIB, "no memory of the machine need be asked for"
+        # A little earlier than it must be: the machine's memory is asked for where the card is nearly full.
+        assert needed["evaluation"] > 0.8 * card * GIB, "no memory of the machine need be asked for"
         assert 2 * shape_of(path).parameters <= 0.9 * memory * 1e9
     else:
         assert needed["evaluation"] <= 0.9 * card * GIB

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -51,6 +51,14 @@ Overrides = Annotated[
         default_factory=list,
         show_default=False,
     ),
+]
+PlannedMemory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Plan for so much memory, such as 24GiB; absent = what is free."),
+]
+PlannedDevice = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option("--device", help="Plan for a processor or for a GPU; absent = for what is here."),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model. Read it first.")
@@ -162,10 +170,13 @@ def _check(
     recipe: RecipePath,
     overrides: Overrides,
     *,
+    memory: PlannedMemory = None,
+    device: PlannedDevice = None,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
+    from qlora_trainer.cli.checked import planned_bytes  # noqa: PLC0415
     from qlora_trainer.cli.voices import Checked, choose_voice  # noqa: PLC0415
 
     voice = choose_voice(quiet=quiet, as_json=as_json)
@@ -174,8 +185,9 @@ def _check(
         from qlora_trainer.recipe_file import dump, load  # noqa: PLC0415
 
         loaded = load(recipe, overrides)
+        size = planned_bytes(memory)
         with _uncollected():
-            found = check(loaded, trust_remote_code=trust_remote_code)
+            found = check(loaded, trust_remote_code=trust_remote_code, device=device, memory=size)
         flag = " --trust-remote-code" if trust_remote_code else ""
         following = f"{_command('run', recipe, overrides)}{flag}"
         exit_code = REFUSED if found.problems else 0

@@ -6,15 +6,33 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_trainer.cli.screen import has_colour, heading, printable, size, write
+from qlora_trainer.errors import RecipeError
 from qlora_trainer.preflight import Budget, Preflight
+from qlora_trainer.recipe import bytes_of
+
+
+def planned_bytes(text: str | None) -> int | None:
+    """What ``--memory`` says, in bytes.
+
+    Raises:
+        RecipeError: it is no amount of memory.
+    """
+    try:
+        return None if text is None else bytes_of(text)
+    except ValueError as error:
+        raise RecipeError(f"--memory {error}") from error
 
 
 def show_preflight(console: Console, found: Preflight, *, recipe_text: str) -> None:
     """Prints everything but the problems: recipe, memory, disk, plan, audit, example, notes."""
     heading(console, "Recipe, defaults included")
     write(console, _indented(recipe_text))
-    for budget in (*found.memory, *([] if found.disk is None else [found.disk])):
+    for budget in found.memory:
         _show_budget(console, budget)
+        if budget.purpose == "training":
+            _show_rooms(console, found)
+    if found.disk is not None:
+        _show_budget(console, found.disk)
     if found.plan:
         heading(console, "Plan")
         width = max(len(stage.name) for stage in found.plan)
@@ -30,10 +48,31 @@ def show_preflight(console: Console, found: Preflight, *, recipe_text: str) -> N
 
 
 def _show_budget(console: Console, budget: Budget) -> None:
+    """Item, bytes, and share of the whole."""
     heading(console, f"Prediction: {budget.purpose}, {budget.place}")
-    lines = [*budget.needed.items.items(), ("in all", budget.needed.total), ("free", budget.free_bytes)]
-    width = max(len(name) for name, _ in lines)
-    write(console, "\n".join(f"  {name:<{width}}  {size(count):>12}" for name, count in lines))
+    total = budget.needed.total
+    shown = [(name, count, f"{count / total:>7.1%}") for name, count in budget.needed.items.items() if count]
+    lines = [*shown, ("in all", total, ""), ("free", budget.free_bytes, "")]
+    width = max(len(name) for name, _, _ in lines)
+    write(console, "\n".join(f"  {name:<{width}}  {size(count):>12} {share}".rstrip() for name, count, share in lines))
+
+
+def _show_rooms(console: Console, found: Preflight) -> None:
+    """What else would fit: one line for each checkpointing policy."""
+    if found.cut is None:
+        return
+    rows = found.cut.micro_batch_size
+    heading(console, "What fits into that memory, by training.checkpointing")
+    heads = ("", "predicted peak", "largest micro-batch", f"longest window for {rows} at a time")
+    write(console, f"  {heads[0]:<12}{heads[1]:>16}{heads[2]:>21}{heads[3]:>{len(heads[3]) + 2}}")
+    for room in found.rooms:
+        mark = "  <- this recipe" if room.checkpointing == found.cut.checkpointing else ""
+        largest = f"{room.largest_micro_batch:,} rows" if room.largest_micro_batch else "none"
+        longest = f"{room.longest_window:,} tokens" if room.longest_window else "none"
+        write(
+            console,
+            f"  {room.checkpointing:<12}{size(room.needed_bytes):>16}{largest:>21}{longest:>{len(heads[3]) + 2}}{mark}",
+        )
 
 
 def _show_list(console: Console, sentences: Iterable[str]) -> None:

@@ -34,6 +34,11 @@ class Batch:
     boundaries: tuple[int, ...] | None = None
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all rows, padding not counted where rows are packed."""
+        return self.token_ids.numel()
+
+    @property
     def label_tokens(self) -> int:
         """Tokens that the loss is taken on."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())

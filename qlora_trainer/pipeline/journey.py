@@ -1,6 +1,5 @@
 """One run of a recipe, stage after stage."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -8,9 +7,11 @@ from qlora_trainer.errors import Interrupted
 from qlora_trainer.export_formats import merge_bases
 from qlora_trainer.pipeline.adapted import AdaptedModel
 from qlora_trainer.pipeline.climbing import Climbing
+from qlora_trainer.pipeline.fitting import fitting_of
 from qlora_trainer.pipeline.ground import Ground, prepare
 from qlora_trainer.pipeline.ledger import Ledger
 from qlora_trainer.pipeline.measuring import Measured, MeasuredExport, Measuring, ValidationReferences
+from qlora_trainer.pipeline.telling import Telling
 from qlora_trainer.preflight import predict_peak_bytes
 from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
@@ -19,7 +20,6 @@ from qlora_trainer.runtime.interruption import terminable
 from qlora_trainer.runtime.progress import Observer, Silent, watched_by, working
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
 from qlora_trainer.runtime.run_log import logged_to
-from qlora_trainer.runtime.tracking import Tracker
 from qlora_trainer.stages import dataset, evaluate, export, merge, quantize, report, train
 from qlora_trainer.stages.evaluate import Subject, Teacher
 from qlora_trainer.stages.export import ExportInputs, HeldOut
@@ -62,10 +62,10 @@ def run(
         try:
             return journey.travel(until)
         except (Interrupted, KeyboardInterrupt):
-            journey.end_tracking(in_a_hurry=True)
+            journey.telling.end(in_a_hurry=True)
             raise
         finally:
-            journey.end_tracking()
+            journey.telling.end()
 
 
 class Journey:
@@ -77,6 +77,7 @@ class Journey:
         self.recipe, self.ground, self.folder, self.observer = recipe, ground, folder, observer
         self.trust_remote_code = trust_remote_code
         self.ledger = Ledger(folder, observer)
+        self.telling = Telling(recipe, folder)
         self.measuring = Measuring(recipe, ground, folder=folder, ledger=self.ledger)
 
     def travel(self, until: Until) -> RunReport | None:
@@ -290,7 +291,7 @@ class Journey:
             ),
         )
         if self.ledger.did_work:
-            self._track(made, trained)
+            self.telling.report(made, trained)
         return made
 
     # Measurements.
@@ -340,48 +341,6 @@ class Journey:
             teacher,
         )
 
-    # Tracking.
-
-    @cached_property
-    def tracker(self) -> Tracker:
-        """Opened by the first stage that has something to tell."""
-        settings = self.recipe.tracking
-        return Tracker(
-            self.folder.root,
-            wandb_mode=settings.wandb,
-            project=settings.project,
-            tags=settings.tags,
-            config=self.recipe.model_dump(mode="json"),
-        )
-
-    def end_tracking(self, *, in_a_hurry: bool = False) -> None:
-        """Closes the tracker where one was opened."""
-        if "tracker" in vars(self):
-            self.tracker.finish(in_a_hurry=in_a_hurry)
-
-    def _track(self, made: RunReport, trained: TrainedAdapter) -> None:
-        columns = ("stage", "nats_per_token", "low", "high", "kl_to_trained", "bytes", "tokens_per_second")
-        stages = made.stages
-        self.tracker.table(
-            "gap",
-            columns,
-            [
-                (each.name, each.nats_per_token, *each.interval, each.kl_to_trained, each.bytes, each.tokens_per_second)
-                for each in stages
-            ],
-        )
-        of_attempt = ("rung", "method", "merged_into", "nats_per_token", "gain_kept", "kl_to_trained", "is_shipped")
-        self.tracker.table(
-            "ladder",
-            ("format", *of_attempt),
-            [
-                (file.format, *(getattr(attempt, name) for name in of_attempt))
-                for file in made.exports
-                for attempt in file.attempts
-            ],
-        )
-        self.tracker.artifact("adapter", trained.folder, "adapter")
-
     def training_inputs(self, key: str, quantized: QuantizedModel) -> TrainingInputs:
         """What training works on."""
         rows = self.ground.rows
@@ -397,6 +356,7 @@ class Journey:
             recipe_key=key,
             predicted_peak_bytes=predict_peak_bytes(self.recipe, self.ground.base, rows),
             validate=self.measuring.validation_nats,
-            tracker=self.tracker,
+            tracker=self.telling.tracker,
             observer=self.observer,
+            fitting=fitting_of(self.recipe, self.ground, self.measuring),
         )

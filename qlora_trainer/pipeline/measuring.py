@@ -5,7 +5,7 @@ model long after that model has left memory.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -82,6 +82,19 @@ class Measuring:
         return evaluate.held_out_nats(
             model, rows.validation, batch_size=self.recipe.evaluation.batch_size, pad_id=rows.pad_id
         )
+
+    def longest_batches(self, model: nn.Module) -> None:
+        """Takes the largest batches through the model that validation and generation will have, as far as memory goes.
+
+        Prompts are drawn out to what they will be when the last token of an answer is generated.
+        """
+        rows, plan = self.ground.rows, self.recipe.evaluation
+        longest = sorted(rows.validation, key=lambda row: len(row.token_ids))[-plan.batch_size :]
+        evaluate.held_out_nats(model, longest, batch_size=plan.batch_size, pad_id=rows.pad_id)
+        if plan.metrics:
+            answered = (rows.pad_id,) * plan.max_new_tokens
+            drawn_out = [replace(row, prompt_ids=row.prompt_ids + answered) for row in longest]
+            evaluate.answer(model, drawn_out, replace(self.bench.decoding, max_new_tokens=1))
 
     def stage(self, subject: Subject, key: str, open_model: OpenModel) -> Evaluation:
         """A model on the test rows.

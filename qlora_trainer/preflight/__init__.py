@@ -8,8 +8,8 @@ answer comes within a second.
 
 from qlora_trainer.preflight.checking import Preflight, check
 from qlora_trainer.preflight.plan import PlannedStage
-from qlora_trainer.preflight.prediction import predict_peak_bytes
+from qlora_trainer.preflight.prediction import cuts, predict_peak_bytes
 from qlora_trainer.preflight.proposing import Proposal, Wish, propose
 from qlora_trainer.preflight.room import Budget
 
-__all__ = ["Budget", "PlannedStage", "Preflight", "Proposal", "Wish", "check", "predict_peak_bytes", "propose"]
+__all__ = ["Budget", "PlannedStage", "Preflight", "Proposal", "Wish", "check", "cuts", "predict_peak_bytes", "propose"]

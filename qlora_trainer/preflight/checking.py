@@ -3,22 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from qlora_trainer.data.scoring import require_packages
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.export_formats import FACTS
+from qlora_trainer.numerics.fitting import PolicyRoom, rooms
+from qlora_trainer.numerics.model_shape import ModelShape
+from qlora_trainer.numerics.training_load import TrainingLoad
 from qlora_trainer.preflight.exports import layer_findings, package_findings, row_problems
 from qlora_trainer.preflight.plan import PlannedStage, plan
 from qlora_trainer.preflight.prediction import (
     disk_prediction,
+    likely_cut,
     memory_predictions,
     model_shape,
     training_load,
 )
-from qlora_trainer.preflight.room import GPU_PLACE, Budget, free_memory
-from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
-from qlora_trainer.records import BaseCheckpoint
+from qlora_trainer.preflight.room import GPU_PLACE, Budget, Memory, planned_memory
+from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe, bytes_of
+from qlora_trainer.records import BaseCheckpoint, Cut
 from qlora_trainer.runtime.memory import available_bytes, free_disk_bytes
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages import base_model, dataset
@@ -39,6 +43,8 @@ class Preflight:
         example: the first training row in pieces, each with whether it is trained.
         notes: what the reader should know and need not mend.
         problems: what must be mended before a run; each says what is wrong, where, and the mend.
+        rooms: under each checkpointing policy, the largest micro-batch and the longest window that fit.
+        cut: the micro-batch and policy that the prediction of training is for; None where there is none.
     """
 
     memory: tuple[Budget, ...]
@@ -48,14 +54,29 @@ class Preflight:
     example: tuple[tuple[str, bool], ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    rooms: tuple[PolicyRoom, ...] = ()
+    cut: Cut | None = None
 
 
-def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
+def check(
+    recipe: Recipe,
+    *,
+    trust_remote_code: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
+    memory: int | None = None,
+) -> Preflight:
     """Looks at everything that a run of the recipe would read and write; downloads nothing.
 
     Nothing is written but the cache of encoded rows, which the run reads then.
+
+    Args:
+        recipe: what would be run.
+        trust_remote_code: allow Python code that comes with the model.
+        device: plan for a processor or a GPU; None = for what is here.
+        memory: plan for so many bytes; None = for what is free.
     """
     found = _Findings()
+    room = found.attempt(lambda: planned_memory(device, memory))
     rows = None
     base = found.attempt(lambda: base_model.resolve_local(recipe.base_model, trust_remote_code=trust_remote_code))
     if base is None and recipe.base_model.name is not None:
@@ -78,9 +99,9 @@ def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Preflight:
     found.add(package_findings(recipe))
     folder_of_run = RunFolder(Path(recipe.run.folder) / recipe.run.name)
     found.attempt(lambda: folder_of_run.require_own(recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS))
-    if base is None or rows is None:
+    if base is None or rows is None or room is None:
         return Preflight((), None, (), (), (), tuple(found.notes), tuple(found.problems))
-    return _whole(recipe, base, rows, found)
+    return _whole(recipe, base, rows, room, found)
 
 
 def _revision(recipe: Recipe) -> str:
@@ -118,39 +139,49 @@ def _require_gguf(recipe: Recipe, base: Path) -> None:
         require_gguf(base)
 
 
-def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, found: _Findings) -> Preflight:
+def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, room: Memory, found: _Findings) -> Preflight:
     """The record of a run whose base and rows can be read."""
-    shape = model_shape(base)
+    try:
+        shape: ModelShape | None = model_shape(base)
+    except ValueError as error:
+        shape = None
+        found.notes.append(f"no prediction of memory and disk: {error}")
     memory: tuple[Budget, ...] = ()
-    disk = None
-    if shape is None:
-        found.notes.append(
-            "the base model's config.json does not name its sizes as Llama's does: no prediction of memory"
-        )
-    else:
-        room = free_memory()
-        load = training_load(recipe, rows, room.device)
+    fitting: tuple[PolicyRoom, ...] = ()
+    cut = disk = load = None
+    if shape is not None:
+        training = recipe.training
+        if training.memory_budget is not None:
+            room = Memory(room.device, min(bytes_of(training.memory_budget), room.free_bytes), room.place)
+        cut = likely_cut(recipe, shape, rows, room)
+        load = training_load(recipe, rows.train, room.device, cut)
         memory = tuple(
             Budget(purpose, needed, room.free_bytes, room.place)
             for purpose, needed in memory_predictions(recipe, shape, rows, load).items()
         )
-        root = Path(recipe.run.folder) / recipe.run.name
-        needed = disk_prediction(recipe, shape, load)
-        # What an earlier part of the run has written makes room for its successor.
-        free = free_disk_bytes(root) + _written_bytes(root)
-        disk = Budget("the run", needed, free, f"disk of {recipe.run.folder}")
+        fitting = rooms(shape, load, room.free_bytes, rows=cut.micro_batch_size, window=recipe.data.window)
+        disk = _disk(recipe, shape, load)
         found.add(layer_findings(recipe, shape.linears))
     found.problems += row_problems(recipe, training_rows=len(rows.train))
     _judge(memory, disk, found)
     return Preflight(
         memory=memory,
         disk=disk,
-        plan=plan(recipe, base, rows, shape),
+        plan=plan(recipe, base, rows, None if shape is None or load is None else (shape, load)),
         audit=dataset.audit_lines(rows),
         example=tuple(dataset.render_example(rows.tokenizer, rows.train[0])),
         notes=(*rows.notes, *found.notes),
         problems=tuple(found.problems),
+        rooms=fitting,
+        cut=cut,
     )
+
+
+def _disk(recipe: Recipe, shape: ModelShape, load: TrainingLoad) -> Budget:
+    root = Path(recipe.run.folder) / recipe.run.name
+    # What an earlier part of the run has written makes room for its successor.
+    free = free_disk_bytes(root) + _written_bytes(root)
+    return Budget("the run", disk_prediction(recipe, shape, load), free, f"disk of {recipe.run.folder}")
 
 
 def _judge(memory: tuple[Budget, ...], disk: Budget | None, found: _Findings) -> None:
@@ -165,7 +196,7 @@ def _judge(memory: tuple[Budget, ...], disk: Budget | None, found: _Findings) ->
         elif budget.is_short:
             found.problems.append(f"{budget}. {mend}")
         elif budget.is_tight:
-            found.notes.append(f"{budget}; it may fit if the C library returns freed memory. {mend}")
+            found.notes.append(f"{budget}; it may fit if the allocator returns freed memory. {mend}")
     if disk is not None and disk.is_short:
         found.problems.append(f"{disk}. Make room, choose a run.folder on another disk, or remove export.formats")
 

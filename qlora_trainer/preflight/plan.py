@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_trainer.data.store import row_label_counts, row_lengths
-from qlora_trainer.numerics.footprint import adapter_tensor_sizes
 from qlora_trainer.numerics.model_shape import ModelShape
+from qlora_trainer.numerics.stored_bytes import adapter_tensor_sizes
+from qlora_trainer.numerics.training_load import TrainingLoad
 from qlora_trainer.preflight.exports import planned_export, planned_merge
-from qlora_trainer.preflight.prediction import training_load
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.stages.dataset import TaskRows
@@ -21,8 +21,10 @@ class PlannedStage:
     text: str
 
 
-def plan(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, shape: ModelShape | None) -> tuple[PlannedStage, ...]:
-    """Every stage from the base to the report."""
+def plan(
+    recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, sizes: tuple[ModelShape, TrainingLoad] | None
+) -> tuple[PlannedStage, ...]:
+    """Every stage from the base to the report; ``sizes`` are the model's, where they are known."""
     measured = _measured(recipe, rows)
     kind = recipe.quantization
     double = " with double quantization" if kind.doubly_quantized else ""
@@ -31,7 +33,7 @@ def plan(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, shape: ModelShape
         PlannedStage("evaluate base_16bit", measured),
         PlannedStage("quantize", f"{kind.data_type}{double}, kept in {kind.cache_folder}"),
         PlannedStage("evaluate quantized_base", "the same rows"),
-        PlannedStage("train", _training(recipe, rows, shape)),
+        PlannedStage("train", _training(recipe, rows, sizes)),
         PlannedStage("evaluate adapter_unmerged", "the same rows"),
         PlannedStage("merge", planned_merge(recipe)),
         PlannedStage("evaluate merged_16bit", "the same rows, and KL to the trained model"),
@@ -49,20 +51,26 @@ def _measured(recipe: Recipe, rows: TaskRows) -> str:
     return f"{text}; {', '.join(evaluation.metrics)} on {generated:,} generated ones"
 
 
-def _training(recipe: Recipe, rows: TaskRows, shape: ModelShape | None) -> str:
+def _training(recipe: Recipe, rows: TaskRows, sizes: tuple[ModelShape, TrainingLoad] | None) -> str:
     training = recipe.training
     steps = training.steps(len(rows.train))
     epochs = steps * training.batch_size / len(rows.train)
     tokens = sum(row_lengths(rows.train))
     labels = sum(row_label_counts(rows.train))
     parts = [
-        f"{steps:,} steps of {training.batch_size} rows "
-        f"({training.micro_batch_size} x {training.gradient_accumulation_steps}), "
+        f"{steps:,} steps of {training.batch_size} rows ({_cut(recipe)}), "
         f"{epochs:.2f} epochs of {len(rows.train):,} rows",
         f"about {epochs * tokens:,.0f} tokens, {epochs * labels:,.0f} of them labels",
         f"validation on {len(rows.validation):,} rows",
     ]
-    if shape is not None:
-        trained = sum(adapter_tensor_sizes(shape, training_load(recipe, rows, "cpu")))
-        parts.append(f"{trained:,} trained parameters")
+    if sizes is not None:
+        parts.append(f"{sum(adapter_tensor_sizes(*sizes)):,} trained parameters")
     return "; ".join(parts)
+
+
+def _cut(recipe: Recipe) -> str:
+    """How the rows of a step are cut."""
+    training = recipe.training
+    if training.micro_batch_size == "auto":
+        return "how many at a time is tried out before the first"
+    return f"{training.micro_batch_size} x {training.batch_size // training.micro_batch_size}"

@@ -2,28 +2,22 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from math import ceil
 from typing import Literal
 
 from qlora_trainer.data.encode import EncodedRow
-from qlora_trainer.data.store import row_first_labels, row_lengths
+from qlora_trainer.data.store import row_label_counts, row_lengths
 from qlora_trainer.export_formats import FACTS, merge_bases
-from qlora_trainer.numerics.footprint import (
-    CPU_ALLOCATOR_SHARE,
-    KEPT_BY_ALLOCATOR,
-    LIBRARIES_BYTES,
-    Footprint,
-    TrainingLoad,
-    disk,
-    saved_bytes_per_token,
-    scoring_memory,
-    training_memory,
-)
+from qlora_trainer.numerics.activations import plain_layer_bytes_per_token
+from qlora_trainer.numerics.device_overhead import KEPT_BY_ALLOCATOR, fixed_overhead, kept_by_allocator
+from qlora_trainer.numerics.file_sizes import disk
+from qlora_trainer.numerics.footprint import Footprint, scoring_memory, training_memory
 from qlora_trainer.numerics.model_shape import ModelShape
+from qlora_trainer.numerics.training_load import POLICIES, TrainingLoad
 from qlora_trainer.preflight.exports import calibrated
-from qlora_trainer.preflight.room import free_memory
-from qlora_trainer.recipe import Recipe
-from qlora_trainer.records import BaseCheckpoint
+from qlora_trainer.preflight.room import Memory, free_memory
+from qlora_trainer.recipe import Recipe, Training
+from qlora_trainer.records import BaseCheckpoint, Cut
 from qlora_trainer.stages.dataset import TaskRows
 
 ATTEMPTS_ON_DISK = 2
@@ -31,24 +25,37 @@ ATTEMPTS_ON_DISK = 2
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def predict_peak_bytes(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows) -> int:
-    """Predicted peak memory of training; 0 where the base is of a kind that cannot be predicted."""
-    shape = model_shape(base)
-    return 0 if shape is None else training_memory(shape, training_load(recipe, rows, free_memory().device)).total
+def predict_peak_bytes(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, cut: Cut | None = None) -> int:
+    """Predicted peak memory of training; 0 where the base is of a kind that cannot be predicted.
 
-
-def model_shape(base: BaseCheckpoint) -> ModelShape | None:
-    """The base's sizes; None where its config.json names them otherwise than the Llama family does."""
-    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    Args:
+        recipe: what is asked for.
+        base: the model.
+        rows: of the task.
+        cut: what was chosen; None = as the recipe says, or as ``likely_cut`` guesses.
+    """
     try:
-        return ModelShape.from_config(config, parameters=base.parameters)
+        shape = model_shape(base)
     except ValueError:
-        return None
+        return 0
+    memory = free_memory()
+    chosen = cut or likely_cut(recipe, shape, rows, memory)
+    return training_memory(shape, training_load(recipe, rows.train, memory.device, chosen)).total
 
 
-def training_load(recipe: Recipe, rows: TaskRows, device: Literal["cpu", "cuda"]) -> TrainingLoad:
-    """What training on these rows asks of a model."""
-    longest, positions = _widest(rows.train)
+def model_shape(base: BaseCheckpoint) -> ModelShape:
+    """The base's sizes.
+
+    Raises:
+        ValueError: they cannot be read off its config.json; says why.
+    """
+    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    return ModelShape.from_config(config, parameters=base.parameters)
+
+
+def training_load(recipe: Recipe, rows: Sequence[EncodedRow], device: Literal["cpu", "cuda"], cut: Cut) -> TrainingLoad:
+    """What training on these rows asks of a model, at most: a micro-batch of the longest of them."""
+    tokens, labels, longest = _largest_micro_batch(rows, cut.micro_batch_size, recipe.training)
     lora, training = recipe.lora, recipe.training
     return TrainingLoad(
         data_type=recipe.quantization.data_type,
@@ -58,25 +65,52 @@ def training_load(recipe: Recipe, rows: TaskRows, device: Literal["cpu", "cuda"]
         target_modules=None if lora.target_modules == "all-linear" else lora.target_modules,
         use_dora=lora.use_dora,
         has_dropout=lora.dropout > 0,
-        has_8bit_optimizer=training.optimizer.endswith("8bit"),
-        micro_batch_size=training.micro_batch_size,
+        optimizer=training.optimizer,
+        tokens=tokens,
         row_tokens=longest,
-        label_positions=positions,
-        gradient_checkpointing=training.checkpointing != "none",
+        label_tokens=labels,
+        accumulates=training.batch_size > cut.micro_batch_size,
+        checkpointing=cut.checkpointing,
         device=device,
     )
 
 
+def likely_cut(recipe: Recipe, shape: ModelShape, rows: TaskRows, memory: Memory) -> Cut:
+    """What the recipe says; where it says ``auto``, the first that is predicted to fit, most promising first.
+
+    Less is computed again with a small micro-batch than with a large one, and that counts for more: so the policies
+    go before the rows. Where nothing fits it is one row, and everything computed again.
+    """
+    candidates = cuts(recipe)
+    return next(
+        (
+            cut
+            for cut in candidates
+            if training_memory(shape, training_load(recipe, rows.train, memory.device, cut)).total <= memory.free_bytes
+        ),
+        candidates[-1],
+    )
+
+
+def cuts(recipe: Recipe) -> tuple[Cut, ...]:
+    """All that the recipe leaves to be chosen, the most promising first."""
+    training = recipe.training
+    sizes = [size for size in range(training.batch_size, 0, -1) if training.batch_size % size == 0]
+    rows = sizes if training.micro_batch_size == "auto" else [training.micro_batch_size]
+    policies = POLICIES if training.checkpointing == "auto" else (training.checkpointing,)
+    return tuple(Cut(size, policy) for policy in policies for size in rows)
+
+
 def memory_predictions(recipe: Recipe, shape: ModelShape, rows: TaskRows, load: TrainingLoad) -> dict[str, Footprint]:
     """Peak memory of the stages that need most: training, evaluating the unquantized base, and rounding."""
-    longest, positions = _widest(rows.test)
+    longest = max(len(row.token_ids) for row in rows.test)
     new_tokens = recipe.evaluation.max_new_tokens if recipe.evaluation.metrics else 0
     evaluation = scoring_memory(
         shape,
         compute_bytes=FLOAT_BYTES[recipe.quantization.compute_dtype],
         rows=min(recipe.evaluation.batch_size, len(rows.test)),
         row_tokens=longest + new_tokens,
-        label_positions=positions,
+        device=load.device,
     )
     predicted = {"training": training_memory(shape, load), "evaluation": evaluation}
     if calibrated(recipe):
@@ -116,30 +150,36 @@ def _rounding_memory(recipe: Recipe, shape: ModelShape, load: TrainingLoad) -> F
     of the trained function and of the file, one of them before and behind a block.
     """
     rows, batch = recipe.calibration.rows, min(recipe.calibration.batch_size, recipe.calibration.rows)
-    in_float32 = replace(load, compute_bytes=4, micro_batch_size=batch, target_modules=(), use_dora=False)
     of_a_step = {
-        "activations": in_float32.tokens * saved_bytes_per_token(shape, in_float32),
-        "logits of label tokens": 12 * batch * load.label_positions * shape.vocabulary,
+        "activations": batch * load.row_tokens * plain_layer_bytes_per_token(shape),
+        # Logits, log-probabilities and their gradient.
+        "logits of label tokens": 12 * batch * load.row_tokens * shape.vocabulary,
     }
-    kept_share = CPU_ALLOCATOR_SHARE if load.device == "cpu" else 0.0
     return Footprint(
         {
-            "libraries": LIBRARIES_BYTES,
+            **fixed_overhead(load.device),
             "embeddings, norms, head": 4 * (shape.parameters - shape.linear_parameters),
             "one block, three times": 3 * 4 * shape.linear_parameters // shape.layers,
             "Gram matrices of a block": 4 * sum(inputs**2 for _, inputs in shape.linears.values()),
             "hidden states of calibration rows": 4 * 4 * rows * load.row_tokens * shape.hidden,
             **of_a_step,
-            KEPT_BY_ALLOCATOR: int(kept_share * sum(of_a_step.values())),
+            KEPT_BY_ALLOCATOR: kept_by_allocator(
+                load, of_a_step=sum(of_a_step.values()), of_layer_at_work=of_a_step["activations"], tensors=0
+            ),
         }
     )
 
 
-def _widest(rows: Sequence[EncodedRow]) -> tuple[int, int]:
-    """Tokens of the longest row, and at most how many positions of a batch with it predict a label.
+def _largest_micro_batch(rows: Sequence[EncodedRow], size: int, training: Training) -> tuple[int, int, int]:
+    """Tokens, label tokens, and tokens of the longest row, of the largest micro-batch that can occur.
 
-    Logits are taken at every position that predicts a label in some row of the batch; the bound is a batch that
-    holds the longest row and the one whose labels begin first.
+    Packed, the rows of an optimizer step share micro-batches of at most ``size`` times the longest row; padded, each is
+    as wide as the longest.
     """
-    longest, first = max(row_lengths(rows)), min(row_first_labels(rows))
-    return longest, longest - max(first, 1)
+    lengths = sorted(row_lengths(rows), reverse=True)
+    tokens = size * lengths[0]
+    if training.batching == "packed":
+        tokens = min(tokens, sum(lengths[: training.batch_size]))
+    pairs = zip(row_label_counts(rows), row_lengths(rows), strict=True)
+    share = max(labels / length for labels, length in pairs)
+    return tokens, ceil(tokens * share), lengths[0]

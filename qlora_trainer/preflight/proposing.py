@@ -14,7 +14,7 @@ from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.errors import DataError
 from qlora_trainer.export_formats import unfit_layers
 from qlora_trainer.numerics.model_shape import ModelShape
-from qlora_trainer.preflight.prediction import memory_predictions, model_shape, training_load
+from qlora_trainer.preflight.prediction import cuts, memory_predictions, model_shape, training_load
 from qlora_trainer.preflight.room import Memory, free_memory
 from qlora_trainer.recipe import ExportFormat, Recipe
 from qlora_trainer.records import BaseCheckpoint
@@ -179,12 +179,20 @@ def _look(settings: Settings, base: BaseCheckpoint, reasons: list[str]) -> None:
     settings["calibration"] = {"rows": min(128, len(rows.train)), "batch_size": 1}
     # Rung 4 holds the whole model unquantized.
     settings["ladder"] = {"last_rung": 3}
-    shape = model_shape(base)
+    shape = _shape(base)
     formats = _formats(shape)
     settings["export"] = {"formats": list(formats)}
     reasons.append(f"export.formats: {formats[-1]} fits the sizes of every layer")
     if shape is not None:
         _fit(settings, shape, rows, free_memory(), reasons)
+
+
+def _shape(base: BaseCheckpoint) -> ModelShape | None:
+    """The base's sizes; None where its architecture is not one whose memory can be predicted."""
+    try:
+        return model_shape(base)
+    except ValueError:
+        return None
 
 
 def _with_window(settings: Settings, window: int) -> Settings:
@@ -226,7 +234,8 @@ def _fit(settings: Settings, shape: ModelShape, rows: dataset.TaskRows, room: Me
 def _needed(settings: Settings, shape: ModelShape, rows: dataset.TaskRows, room: Memory) -> dict[str, int]:
     """Predicted bytes by purpose; nothing for rounding where nothing is rounded."""
     recipe = Recipe.model_validate(settings)
-    predicted = memory_predictions(recipe, shape, rows, training_load(recipe, rows, room.device))
+    load = training_load(recipe, rows.train, room.device, cuts(recipe)[0])
+    predicted = memory_predictions(recipe, shape, rows, load)
     return {"rounding": 0} | {purpose: footprint.total for purpose, footprint in predicted.items()}
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_trainer.numerics.footprint import KEPT_BY_ALLOCATOR, Footprint
+from qlora_trainer.errors import RecipeError
+from qlora_trainer.numerics.footprint import Footprint
 from qlora_trainer.runtime.memory import available_bytes
 
 NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
@@ -37,8 +38,8 @@ class Budget:
 
     @property
     def is_short(self) -> bool:
-        """Whether not even the least that is needed fits: the prediction without what the allocator may keep."""
-        return self.needed.total - self.needed.items.get(KEPT_BY_ALLOCATOR, 0) > self.free_bytes
+        """Whether not even the least that is needed fits: what can be paged out or given back left aside."""
+        return self.needed.needed_on_device > self.free_bytes
 
     def __str__(self) -> str:
         """``training needs about 12.30 GiB, 8.00 GiB of the memory of this machine are free``."""
@@ -55,6 +56,27 @@ class Memory:
     device: Literal["cpu", "cuda"]
     free_bytes: int
     place: str
+
+
+def planned_memory(device: Literal["cpu", "cuda"] | None, size: int | None) -> Memory:
+    """What is free here; where another device or size is given, that of a machine which is not at hand.
+
+    Args:
+        device: None = the one that a run would use.
+        size: bytes; None = what that device has free here.
+
+    Raises:
+        RecipeError: a GPU is planned for, there is none, and no size is given.
+    """
+    here = free_memory()
+    wanted = device or here.device
+    if size is not None:
+        return Memory(wanted, size, f"given with --memory, {'a GPU' if wanted == 'cuda' else 'a CPU'}")
+    if wanted == "cpu" and here.device == "cuda":
+        return Memory("cpu", available_bytes(), "memory of this machine")
+    if wanted != here.device:
+        raise RecipeError("there is no NVIDIA GPU here to plan for. Say how much memory it has: --memory 24GiB")
+    return here
 
 
 def free_memory() -> Memory:

@@ -7,8 +7,8 @@ fill in or change. Paths are relative to the folder in which the command is give
 from qlora_trainer.recipe.data import Data, RowFormat, Source, Sources, sources_of
 from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
-from qlora_trainer.recipe.section import FloatType, Section
-from qlora_trainer.recipe.task import EvaluationPlan, Metric, Training
+from qlora_trainer.recipe.section import FloatType, Section, bytes_of
+from qlora_trainer.recipe.task import Checkpointing, EvaluationPlan, Metric, Training
 from qlora_trainer.recipe.watchdog import Watchdog
 from qlora_trainer.recipe.whole import SHAPING_SECTIONS, Expected, Recipe, Run, Tracking
 
@@ -16,6 +16,7 @@ __all__ = [
     "SHAPING_SECTIONS",
     "BaseModelSource",
     "Calibration",
+    "Checkpointing",
     "Data",
     "DataType",
     "EvaluationPlan",
@@ -38,5 +39,6 @@ __all__ = [
     "Tracking",
     "Training",
     "Watchdog",
+    "bytes_of",
     "sources_of",
 ]

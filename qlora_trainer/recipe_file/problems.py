@@ -79,14 +79,24 @@ def _is_other_branch(error: ErrorDetails, path: Path) -> bool:
     """Whether the error tells of the branch of a union that the value was not meant for.
 
     Where a word or a text, a mapping, or a list can stand, a list is judged as a list, a mapping as a mapping and
-    anything else as the word or the text.
+    anything else as the word or the text. Where a word or a number can stand, text without a digit is judged as the
+    word and anything else as the number.
     """
     if len(error["loc"]) == len(path) or error["type"] == "missing":
         return False
+    if _may_be_number(path):
+        is_word = isinstance(error["input"], str) and not any(sign.isdigit() for sign in error["input"])
+        return is_word == (error["type"] != "literal_error")
     if error["type"] in ("literal_error", "string_type"):
         return isinstance(error["input"], list | dict) and error["loc"][-1] not in path
     # A list whose elements are wrong is told as too short as well.
     return error["type"] in ("tuple_type", "model_type") or (error["type"] == "too_short" and bool(error["input"]))
+
+
+def _may_be_number(path: Path) -> bool:
+    """Whether a number can stand for the word ``auto`` here."""
+    info = setting(path)
+    return info is not None and "auto" in choices(info.annotation) and "int" in str(info.annotation)
 
 
 def _sentence(error: ErrorDetails, path: Path) -> str:
@@ -126,7 +136,8 @@ def _not_a_choice(error: ErrorDetails, path: Path) -> str:
     info = setting(path)
     words = choices(info.annotation) if info is not None else ()
     takes_list = info is not None and "tuple[" in str(info.annotation)
-    also_list = " or a list of names" if takes_list and len(error["loc"]) > len(path) else ""
+    other = " or a whole number" if _may_be_number(path) else " or a list of names" if takes_list else ""
+    also_list = other if len(error["loc"]) > len(path) else ""
     value = error["input"]
     # What YAML 1.1 makes of `off` and `no`; a recipe written by another tool may hold it.
     typed = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

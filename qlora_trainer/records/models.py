@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_trainer.records.cuts import ChosenCut
+
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
@@ -103,6 +105,7 @@ class TrainedAdapter:
         skipped_steps: ``(step, why)``: steps that changed nothing, because their gradients could not be used.
         incidents: ``(step, what)``: what the watchdog warned of.
         damaged_checkpoints: ``(step, what)``: checkpoints that could not be read when the run went on from that step.
+        chosen: what was tried out and chosen where the recipe says ``auto``; else None.
     """
 
     folder: Path
@@ -122,3 +125,4 @@ class TrainedAdapter:
     skipped_steps: tuple[tuple[int, str], ...] = ()
     incidents: tuple[tuple[int, str], ...] = ()
     damaged_checkpoints: tuple[tuple[int, str], ...] = ()
+    chosen: ChosenCut | None = None

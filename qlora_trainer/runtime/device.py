@@ -8,6 +8,8 @@ import numpy
 import torch
 from torch import Tensor, distributed
 
+from qlora_trainer.runtime.memory import PeakMemory, available_bytes, resident_bytes
+
 
 def choose_device() -> torch.device:
     """The current CUDA device where there is one, else the CPU."""
@@ -50,6 +52,44 @@ def peak_allocated_bytes(device: torch.device) -> int | None:
 def allocated_bytes(device: torch.device) -> int | None:
     """Bytes of CUDA memory that tensors hold now; None on a CPU, where ``memory.resident_bytes`` measures."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was asked to do; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Memory that this process can hold at most: what it holds now, and what is free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    return resident_bytes() + available_bytes()
+
+
+class PeakOfDevice:
+    """Most memory held between ``with PeakOfDevice(device) as peak:`` and ``peak.bytes()``.
+
+    Reserved by torch's allocator on CUDA, which is what another program cannot have; resident on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._resident = PeakMemory()
+
+    def bytes(self) -> int:
+        """Largest value so far."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._device)
+        return self._resident.peak_bytes()
+
+    def __enter__(self) -> Self:
+        reset_peak_allocated(self._device)
+        self._resident.reset()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._resident.stop()
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,9 @@ def test_a_text_row_is_bos_prompt_completion_stop_and_only_the_last_two_are_trai
         prompt_ids=tuple(prompt),
         prompt="Book a table",
         completion="for two",
+        place=rows[0].place,
     )
+    assert rows[0].place == example("", "").place
     assert trained(rows[1]) == [EOS_ID]
     assert tokenizer.decode(rows[1].token_ids, skip_special=True) == "Q: Call {Anna} {}\n"
 

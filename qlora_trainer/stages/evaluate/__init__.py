@@ -6,7 +6,7 @@ them into one record.
 
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.stages.evaluate.fidelity import Teacher, fidelity, teach
-from qlora_trainer.stages.evaluate.generation import Decoding
+from qlora_trainer.stages.evaluate.generation import Decoding, answer
 from qlora_trainer.stages.evaluate.loss import held_out_nats, row_losses
 from qlora_trainer.stages.evaluate.whole import Subject, TestBench, evaluate, open_model
 
@@ -16,6 +16,7 @@ __all__ = [
     "Subject",
     "Teacher",
     "TestBench",
+    "answer",
     "evaluate",
     "fidelity",
     "held_out_nats",

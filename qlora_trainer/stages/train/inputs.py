@@ -7,8 +7,24 @@ from pathlib import Path
 from torch import nn
 
 from qlora_trainer.data.encode import EncodedRow
+from qlora_trainer.records import Cut
 from qlora_trainer.runtime.progress import Observer
 from qlora_trainer.runtime.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What ``auto`` chooses from and with.
+
+    Attributes:
+        cuts: what the recipe leaves open, policies from the fastest on, of each the most rows first.
+        predict: peak bytes of a training with such a cut; 0 where the model is of a kind that cannot be predicted.
+        evaluate: takes the largest batches of validation and generation through the model.
+    """
+
+    cuts: tuple[Cut, ...]
+    predict: Callable[[Cut], int]
+    evaluate: Callable[[nn.Module], object]
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,7 @@ class TrainingInputs:
         validate: gives nats per label token on the validation rows.
         tracker: gets metrics.
         observer: gets progress.
+        fitting: what ``auto`` needs; None where the recipe leaves nothing open.
     """
 
     rows: Sequence[EncodedRow]
@@ -38,3 +55,4 @@ class TrainingInputs:
     validate: Callable[[nn.Module], float]
     tracker: Tracker
     observer: Observer
+    fitting: Fitting | None = None

@@ -18,6 +18,7 @@ from qlora_trainer.data.store import row_lengths
 from qlora_trainer.errors import Interrupted, RunFolderError, TrainingError
 from qlora_trainer.numerics.schedule import learning_rate_scale
 from qlora_trainer.recipe import Recipe
+from qlora_trainer.records import ChosenCut
 from qlora_trainer.runners.causal_lm import LossPath
 from qlora_trainer.runtime import bnb, checkpoint
 from qlora_trainer.runtime.device import World, allocated_bytes
@@ -43,6 +44,7 @@ def run_steps(
     *,
     trainable: dict[str, nn.Parameter],
     path: LossPath,
+    chosen: ChosenCut | None = None,
 ) -> Progress:
     """Trains ``trainable`` in place, from the newest checkpoint where there is one, to the last step.
 
@@ -52,6 +54,7 @@ def run_steps(
         inputs: rows, folders, callbacks.
         trainable: the adapter's parameters by name; only they are stepped and saved.
         path: how this model's loss is taken.
+        chosen: what was tried out before, where the recipe said ``auto``; checkpoints keep it.
 
     Returns:
         Counters and curve of the whole run.
@@ -63,6 +66,7 @@ def run_steps(
         RunFolderError: the checkpoints are damaged or belong to another recipe, or the disk is nearly full.
     """
     loop = _Loop(model, recipe, inputs, trainable, path)
+    loop.progress.chosen = chosen
     loop.resume()
     with stop_requests() as stop:
         loop.look_around(stop)  # a run that was stopped while it validated has that before it
@@ -92,8 +96,8 @@ class _Loop:
         self.world = World.current()
         self.lengths = row_lengths(inputs.rows)
         self.plan = BatchPlan(
-            micro_batch_size=settings.micro_batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            micro_batch_size=settings.rows_at_a_time,
+            gradient_accumulation_steps=settings.batch_size // settings.rows_at_a_time,
             seed=recipe.run.seed,
             is_packed=settings.batching == "packed" and path.packs,
         )

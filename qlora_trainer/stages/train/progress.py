@@ -1,7 +1,13 @@
 """What a checkpoint must remember beside weights and optimizer, and what is read off it on the way."""
 
 from dataclasses import asdict, dataclass, field, fields
+from typing import Final
 
+from pydantic import TypeAdapter
+
+from qlora_trainer.records import ChosenCut
+
+CHOSEN: Final = TypeAdapter(ChosenCut)
 CurvePoint = tuple[int, float | None, float | None]
 Incident = tuple[int, str]
 
@@ -42,6 +48,7 @@ class Progress:
         incidents: ``(step, what)``: what the watchdog warned of.
         damaged_checkpoints: ``(step, what)``: what was passed over when the run went on from that step.
         losses: what the watchdog remembers.
+        chosen: what was tried out and chosen before the first step where the recipe says ``auto``; else None.
         recipe_key: fingerprint of what shapes the training; a checkpoint of another is refused.
         optimizer: class of the optimizer whose state is saved.
         metrics_bytes: size of metrics.jsonl when the checkpoint was made.
@@ -64,6 +71,7 @@ class Progress:
     losses: LossHistory = field(default_factory=LossHistory)
     optimizer: str = ""
     metrics_bytes: int | None = None
+    chosen: ChosenCut | None = None
     window_nats: float = 0.0
     window_labels: int = 0
     window_seconds: float = 0.0
@@ -77,6 +85,7 @@ class Progress:
         """Counters as they were saved; lists of JSON become the tuples they were."""
         names = {each.name for each in fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
+        known["chosen"] = None if known.get("chosen") is None else CHOSEN.validate_python(known["chosen"])
         progress = cls(**known)  # type: ignore[arg-type]  # a checkpoint's checksum vouches for the types
         progress.curve = [(point[0], point[1], point[2]) for point in progress.curve]
         for name in ("smaller_micro_batches", "skipped_steps", "incidents", "damaged_checkpoints"):

@@ -62,7 +62,7 @@ def optimizer_step(
     device = next(model.parameters()).device
     label_tokens = sum(batch.label_tokens for batch in batches)
     share = 1 / world.sum_(torch.tensor(float(label_tokens), device=device))
-    losses = [_summed_gradients(model, batch, share, path) for batch in batches]
+    losses = [summed_gradients(model, batch, share, path) for batch in batches]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         if parameter.grad is not None:
@@ -79,7 +79,7 @@ def optimizer_step(
     )
 
 
-def _summed_gradients(model: nn.Module, batch: Batch, share: Tensor, path: LossPath) -> Tensor:
+def summed_gradients(model: nn.Module, batch: Batch, share: Tensor, path: LossPath) -> Tensor:
     """Adds the batch's gradients to those that are there and gives its summed loss, detached."""
     try:
         return _both_passes(model, batch, share, path)

@@ -5,25 +5,32 @@ from torch import nn
 from qlora_trainer.errors import TrainingError
 from qlora_trainer.formats.peft_adapter import AdapterSettings, factors_of, write
 from qlora_trainer.recipe import Lora, Recipe
-from qlora_trainer.records import TrainedAdapter
+from qlora_trainer.records import ChosenCut, TrainedAdapter
 from qlora_trainer.runners.causal_lm import LossPath, find_loss_path, set_checkpointing
+from qlora_trainer.runtime import checkpoint
 from qlora_trainer.runtime.atomic import writing_folder
 from qlora_trainer.runtime.device import peak_allocated_bytes, reset_peak_allocated
 from qlora_trainer.runtime.memory import PeakMemory
+from qlora_trainer.stages.train.choosing import choose, cut_of, with_cut
 from qlora_trainer.stages.train.inputs import TrainingInputs
 from qlora_trainer.stages.train.loop import run_steps
 from qlora_trainer.stages.train.progress import Progress
+from qlora_trainer.stages.train.recovery import release_memory
 
 
 def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAdapter:
     """Trains the model's adapter in place and writes it; errors are those of ``run_steps``."""
     device = next(model.parameters()).device
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    set_checkpointing(model, recipe.training.checkpointing)
     path = _told(find_loss_path(model), recipe, inputs)
+    chosen = _chosen(model, recipe, inputs, path)
+    if chosen is not None:
+        recipe = with_cut(recipe, chosen.cut)
+    set_checkpointing(model, cut_of(recipe).checkpointing)
+    release_memory(device)
     reset_peak_allocated(device)
     with PeakMemory() as memory:
-        progress = run_steps(model, recipe, inputs, trainable=trainable, path=path)
+        progress = run_steps(model, recipe, inputs, trainable=trainable, path=path, chosen=chosen)
     set_checkpointing(model, "none")
     with writing_folder(inputs.adapter) as partial:
         write(partial, factors_of(model), _settings(recipe.lora, inputs.base_name))
@@ -35,7 +42,7 @@ def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAd
         tokens_per_second=progress.tokens / progress.seconds,
         label_tokens_per_second=progress.label_tokens / progress.seconds,
         peak_bytes=peak_allocated_bytes(device) or memory.peak_bytes(),
-        predicted_peak_bytes=inputs.predicted_peak_bytes,
+        predicted_peak_bytes=_predicted(inputs, chosen),
         final_nats_per_token=_last_validation(progress),
         curve=tuple(progress.curve),
         seconds=progress.seconds,
@@ -45,7 +52,26 @@ def train(model: nn.Module, recipe: Recipe, inputs: TrainingInputs) -> TrainedAd
         skipped_steps=tuple(progress.skipped_steps),
         incidents=tuple(progress.incidents),
         damaged_checkpoints=tuple(progress.damaged_checkpoints),
+        chosen=chosen,
     )
+
+
+def _chosen(model: nn.Module, recipe: Recipe, inputs: TrainingInputs, path: LossPath) -> ChosenCut | None:
+    """What was chosen before the interruption, or is chosen now; None where the recipe leaves nothing open."""
+    if not recipe.training.is_to_be_chosen:
+        return None
+    found = checkpoint.latest(inputs.checkpoints)
+    earlier = None if found is None else Progress.from_json(found[1].progress)
+    if earlier is not None and earlier.recipe_key == inputs.recipe_key and earlier.chosen is not None:
+        inputs.observer.note(f"as chosen before: {earlier.chosen.cut}")
+        return earlier.chosen
+    return choose(model, recipe, inputs, path)
+
+
+def _predicted(inputs: TrainingInputs, chosen: ChosenCut | None) -> int:
+    if chosen is None or inputs.fitting is None:
+        return inputs.predicted_peak_bytes
+    return inputs.fitting.predict(chosen.cut)
 
 
 def _told(path: LossPath, recipe: Recipe, inputs: TrainingInputs) -> LossPath:

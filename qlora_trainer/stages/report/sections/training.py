@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qlora_trainer.records import RunReport, TrainedAdapter
+from qlora_trainer.records import ChosenCut, RunReport, TrainedAdapter
 from qlora_trainer.stages.report.blocks import Block, Bullets, Chart, Example, Fact, Facts, Key, Section, Text
 from qlora_trainer.stages.report.curves import training_curves
 from qlora_trainer.stages.report.inputs import Shown
@@ -35,6 +35,8 @@ def data(shown: Shown) -> Section:
 def _training(report: RunReport, trained: TrainedAdapter) -> Iterator[Fact]:
     figures = report.training
     yield Fact("Optimizer steps", count_of(figures.steps), _resumed(trained.resumed_at))
+    if trained.chosen is not None:
+        yield Fact("Micro-batch chosen", str(trained.chosen.cut), _tried(trained.chosen))
     if trained.skipped_steps:
         yield Fact("Skipped steps", count_of(len(trained.skipped_steps)), "changed nothing", "warn")
     if trained.smaller_micro_batches:
@@ -52,6 +54,19 @@ def _training(report: RunReport, trained: TrainedAdapter) -> Iterator[Fact]:
 def _smaller(changes: tuple[tuple[int, int], ...]) -> tuple[str, str]:
     rows = ", ".join(f"{count_of(rows)} from step {count_of(step)}" for step, rows in changes)
     return rows, "rows at a time; more did not fit into memory. Rows of a step as in the recipe"
+
+
+def _tried(chosen: ChosenCut) -> str:
+    tried = "; ".join(
+        f"{trial.cut}: "
+        + (
+            "memory ran out"
+            if trial.peak_bytes is None or trial.tokens_per_second is None
+            else f"{significant(trial.tokens_per_second, 3)} tokens/s, {size(trial.peak_bytes)}"
+        )
+        for trial in chosen.trials
+    )
+    return f"for {size(chosen.budget_bytes)}; tried: {tried}"
 
 
 def _resumed(steps: tuple[int, ...]) -> str:

@@ -1,0 +1,79 @@
+"""What a layer keeps for the backward pass: counted in a real model, packed rows, as training runs it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_trainer.data.batches import collate_packed
+from qlora_trainer.numerics import activations
+from qlora_trainer.numerics.training_load import POLICIES, Checkpointing, TrainingLoad
+from qlora_trainer.runners.causal_lm import find_loss_path, set_checkpointing
+from tests.numerics.shapes import SMALL
+from tests.stages.workbench import bench_for, random_rows, recipe_for
+
+RANK = 8
+
+
+def kept_bytes(base: Path, folder: Path, dtype: str, policy: Checkpointing) -> tuple[int, int]:
+    """Tokens of a packed micro-batch, and bytes that autograd keeps of it; weights not counted."""
+    recipe = recipe_for(base, folder, quantization={"compute_dtype": dtype}, lora={"rank": RANK})
+    model = bench_for(recipe).adapted().train()
+    set_checkpointing(model, policy)
+    path = find_loss_path(model)
+    assert path.packs
+    rows = random_rows(12)
+    batch = collate_packed(rows, range(12))
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    held: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # so that its address is not given to another
+        return tensor
+
+    with (
+        path.attending(model, is_packed=True),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        path.summed_nats(model, batch.token_ids, batch.labels, boundaries=batch.boundaries)
+    return batch.token_ids.numel(), sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_layers_keep_what_was_predicted(
+    policy: Checkpointing, dtype: str, wide_llama_folder: Path, tmp_path: Path
+) -> None:
+    tokens, kept = kept_bytes(wide_llama_folder, tmp_path, dtype, policy)
+    size = 4 if dtype == "float32" else 2
+    load = TrainingLoad(rank=RANK, compute_bytes=size, tokens=tokens, checkpointing=policy)
+    # Beside the layers: the last norm's input and its reciprocal, and the gradient of the label tokens' states.
+    beside = tokens * (size * SMALL.hidden + 4) + tokens * size * SMALL.hidden
+    predicted = activations.kept(SMALL, load)
+    assert predicted <= kept + beside
+    # Rotary tables, boundaries and label places are small and not predicted.
+    assert kept == pytest.approx(predicted + beside, rel=0.15)
+
+
+def test_layers_that_share_an_input_keep_it_once() -> None:
+    load = TrainingLoad(target_modules=("q_proj",))
+    more = replace(load, target_modules=("q_proj", "k_proj", "v_proj"))
+    one, three = (activations.kept_by_layer(SMALL, each)["adapter inputs"] for each in (load, more))
+    assert one == three > 0
+
+
+def test_the_loss_holds_one_chunk_however_many_labels_there_are() -> None:
+    load = TrainingLoad(tokens=4096, label_tokens=2048)
+    more = replace(load, label_tokens=4096)
+    states = 2 * 2048 * SMALL.hidden * load.compute_bytes
+    few = 4096 * SMALL.vocabulary < activations.LOSS_CHUNK_VALUES
+    assert few
+    difference = activations.of_loss(SMALL, more) - activations.of_loss(SMALL, load)
+    assert difference >= states
+    wide = replace(SMALL, vocabulary=128_256)
+    assert activations.of_loss(wide, more) - activations.of_loss(wide, load) == states
