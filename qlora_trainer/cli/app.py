@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer import __version__
+from qlora_trainer.cli import compare
 from qlora_trainer.cli.guard import guarded
 from qlora_trainer.cli.screen import make_console, prepare_output, tell_error, write
 from qlora_trainer.cli.verbs import (
@@ -71,6 +72,7 @@ def make_app() -> typer.Typer:
     app.command("check", help=CHECK_HELP, short_help=CHECK_SHORT_HELP)(_check)
     for verb in VERBS:
         app.command(verb.name, help=verb.help, short_help=verb.does)(_stage_command(verb))
+    app.command("compare", help=compare.HELP, short_help=compare.SHORT_HELP)(_compare)
     app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(_recipes)
     return app
 
@@ -91,6 +93,11 @@ def _stage_command(verb: Verb) -> Callable[..., None]:
             _carry_out(verb, recipe, overrides, trust_remote_code=trust_remote_code)
 
     return command
+
+
+def _compare(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: TrustRemoteCode = False) -> None:
+    with guarded():
+        compare.carry_out(recipe, overrides, trust_remote_code=trust_remote_code)
 
 
 def _carry_out(verb: Verb, path: Path, overrides: Sequence[str], *, trust_remote_code: bool) -> None:

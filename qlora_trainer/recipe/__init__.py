@@ -4,6 +4,7 @@ Reading YAML and wording its problems is ``recipe_file``'s work. Validators here
 fill in or change. Paths are relative to the folder in which the command is given.
 """
 
+from qlora_trainer.recipe.compare import Compare, CompareMethod
 from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
 from qlora_trainer.recipe.section import FloatType, Section
@@ -14,6 +15,8 @@ __all__ = [
     "SHAPING_SECTIONS",
     "BaseModelSource",
     "Calibration",
+    "Compare",
+    "CompareMethod",
     "Data",
     "DataType",
     "EvaluationPlan",

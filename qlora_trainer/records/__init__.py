@@ -4,6 +4,7 @@ Each record survives a round trip through JSON (``runtime.run_folder``), so that
 read back on the next run instead of being repeated.
 """
 
+from qlora_trainer.records.comparison import Comparison, ComparisonRow, LayerOutliers, Recommendation
 from qlora_trainer.records.files import Attempt, ExportedModel, MergedModel
 from qlora_trainer.records.measurements import Evaluation, Fidelity, Interval, Sample, Score
 from qlora_trainer.records.models import BaseCheckpoint, LayerDistortion, LinearLayers, QuantizedModel, TrainedAdapter
@@ -21,6 +22,8 @@ __all__ = [
     "Attempt",
     "BaseCheckpoint",
     "Choice",
+    "Comparison",
+    "ComparisonRow",
     "Evaluation",
     "ExpectedFigure",
     "ExportFigures",
@@ -29,9 +32,11 @@ __all__ = [
     "Gap",
     "Interval",
     "LayerDistortion",
+    "LayerOutliers",
     "LinearLayers",
     "MergedModel",
     "QuantizedModel",
+    "Recommendation",
     "RunReport",
     "Sample",
     "Score",
