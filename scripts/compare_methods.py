@@ -59,7 +59,7 @@ CASES = {
     "quickstart": Case(
         "recipes/quickstart.yaml",
         # OBQ takes hours at these widths.
-        ("run.threads=1", "training.max_steps=300", "evaluation.generation_rows=60", "calibration.rows=48"),
+        ("run.threads=1", "training.max_steps=120", "evaluation.generation_rows=60", "calibration.rows=48"),
     ),
     "stories260k_e2e": Case(
         "recipes/stories260k_e2e_cpu.yaml",
