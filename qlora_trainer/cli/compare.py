@@ -73,7 +73,7 @@ def _cells(row: ComparisonRow, metrics: Sequence[str]) -> list[str]:
     speed = _NOTHING if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:,.0f}"
     return [
         f"{row.method}{' *' if row.is_on_front else ''}",
-        f"W{row.weight_bits}A{row.activation_bits}",
+        row.bits,
         _score(row.nats_per_token, "{:.4f}"),
         _score(row.added_nats, "{:+.4f}"),
         *(_score(scores.get(name), "{:.3g}") for name in metrics),

@@ -1,7 +1,7 @@
 """Activations rounded as they come: one scale per token, or per group of a token's values, and gradients through it.
 
 Token-wise dynamic quantization is ZeroQuant's (arXiv 2206.01861, section 4.1) and LLM-QAT's (arXiv 2305.17888,
-section 2.2): min-max per token, which clips nothing. With ``straight_through`` the same rounding stands in a network
+section 2): min-max per token, which clips nothing. With ``straight_through`` the same rounding stands in a network
 that is trained: forward rounds, backward passes the gradient on as if it had not (arXiv 1308.3432).
 """
 

@@ -125,6 +125,10 @@ class Comparing:
             calibration=lambda: export.calibration_batches(self._data(), self.recipe.calibration, choose_device()),
             round_blockwise=self._round_blockwise,
             workplace=self.workplace,
+            beginnings=self._beginnings(),
+            stop_ids=self.journey.ground.rows.stop_ids,
+            pad_id=self.journey.ground.rows.pad_id,
+            factors=stage.FactorPlan(self.recipe.lora.rank, self.recipe.lora.scale),
             seed=self.recipe.run.seed,
             trust_remote_code=self.journey.trust_remote_code,
         )
@@ -191,7 +195,7 @@ class Comparing:
 
         return self.journey.ledger.once(
             f"compare {method}",
-            fingerprint(self._learning_key(), method, self.bench_key),
+            fingerprint(self._learning_key(), method, self.bench_key, *self._qat_key(method)),
             MeasuredMethod,
             make=carry_out,
             describe=lambda record: f"{in_words(record.evaluation)}, {record.evaluation.bytes / 2**20:.2f} MiB",
@@ -212,12 +216,27 @@ class Comparing:
             self.journey.observer.note(f"outliers: {error}")
             return OutlierReport((), ())
 
+    def _beginnings(self) -> list[list[int]]:
+        """Where the model begins to write its own data: bos, and a token; tokens spread evenly over the vocabulary."""
+        tokenizer, wanted = self.journey.ground.rows.tokenizer, self.recipe.compare.qat_rows
+        ordinary = [token for token in range(tokenizer.vocabulary_size) if tokenizer.decode([token], skip_special=True)]
+        first = [ordinary[place * len(ordinary) // wanted] for place in range(min(wanted, len(ordinary)))]
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return [[*bos, token] for token in first]
+
     def _learning_key(self) -> str:
         """Of everything that a method's weights depend on but its name."""
         settings, recipe = self.recipe.compare, self.recipe
         shaping = (settings.group_size, settings.allow_16bit_layers, settings.distillation_steps)
         learning = (recipe.calibration.model_dump(mode="json"), recipe.rounding.model_dump(mode="json"))
         return fingerprint(self.model_key, shaping, learning, recipe.quantization.compute_dtype, recipe.run.seed)
+
+    def _qat_key(self, method: CompareMethod) -> tuple[float, ...]:
+        settings, lora = self.recipe.compare, self.recipe.lora
+        if not method.startswith("llm_qat"):
+            return ()
+        learning = (settings.qat_rows, settings.qat_tokens, settings.qat_steps, settings.qat_learning_rate)
+        return (*learning, lora.rank, lora.scale)
 
     def _round_blockwise(
         self, method: CompareMethod, spec: export.GridSpec, layers: LinearLayers

@@ -20,6 +20,12 @@ CompareMethod = Literal[
     "smoothquant_w8a8",
     "zeroquant_w8a8",
     "zeroquant_w4a8",
+    "rtn_w8a8kv8",
+    "rtn_w4a8kv8",
+    "rtn_w4a8kv4",
+    "llm_qat_w8a8kv8",
+    "llm_qat_w4a8kv8",
+    "llm_qat_w4a8kv4",
 ]
 
 
@@ -43,7 +49,8 @@ class Compare(Section):
         "zeroquant_w8a8",
         "zeroquant_w4a8",
     )
-    """Methods beside the 16-bit model; ``obq_int4`` is exact and slow, for layers of at most 1,024 inputs."""
+    """Methods beside the 16-bit model. Not among the defaults: ``obq_int4``, exact and slow, for layers of at most
+    1,024 inputs; those that quantize the key-value cache too (``rtn_w4a8kv4``, .. and ``llm_qat_w4a8kv4``, ..)."""
     group_size: PositiveInt = 64
     """Consecutive inputs of a row that share a scale at 4 bits, and at 8 bits in ZeroQuant."""
     allow_16bit_layers: bool = False
@@ -51,6 +58,14 @@ class Compare(Section):
     failed."""
     distillation_steps: PositiveInt = 100
     """ZeroQuant: optimizer steps of the layer-by-layer distillation for each decoder block."""
+    qat_rows: PositiveInt = 128
+    """LLM-QAT: sequences that the model writes for itself."""
+    qat_tokens: Annotated[int, Field(gt=4)] = 64
+    """LLM-QAT: longest of these sequences."""
+    qat_steps: PositiveInt = 200
+    """LLM-QAT: optimizer steps of eight sequences, on LoRA factors of ``lora.rank``."""
+    qat_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1.0e-3
+    """LLM-QAT: first rate of Adam, falling linearly."""
     prefer: Literal["quality", "size", "latency"] = "size"
     """What decides among the methods that meet the bounds below: least loss, fewest bytes, or most generated tokens a
     second."""

@@ -14,6 +14,7 @@ class ComparisonRow:
         what: the method in a few words.
         weight_bits: of a quantized weight, constants not counted.
         activation_bits: of the inputs of quantized layers; 16 = not quantized.
+        kv_bits: of the key-value cache, in scoring and in generation; 16 = not quantized.
         failed: why there are no figures; None where there are.
         nats_per_token: loss with its interval.
         added_nats: loss above the 16-bit model's, with its paired interval.
@@ -36,6 +37,7 @@ class ComparisonRow:
     what: str
     weight_bits: int
     activation_bits: int
+    kv_bits: int = 16
     failed: str | None = None
     nats_per_token: Score | None = None
     added_nats: Score | None = None
@@ -51,6 +53,11 @@ class ComparisonRow:
     layers_16bit: tuple[str, ...] = ()
     note: str = ""
     is_on_front: bool = False
+
+    @property
+    def bits(self) -> str:
+        """The bits as papers write them: ``W4A16``, ``W4A8KV4``."""
+        return f"W{self.weight_bits}A{self.activation_bits}{'' if self.kv_bits == 16 else f'KV{self.kv_bits}'}"
 
 
 @dataclass(frozen=True)

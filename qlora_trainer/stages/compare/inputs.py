@@ -39,6 +39,19 @@ class RoundBlockwise(Protocol):
 
 
 @dataclass(frozen=True)
+class FactorPlan:
+    """LoRA factors that LLM-QAT trains, as the recipe's ``lora`` has them.
+
+    Attributes:
+        rank: r.
+        scale: s before B A.
+    """
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class CompareInputs:
     """A 16-bit model, and what quantizing it may learn from.
 
@@ -50,6 +63,11 @@ class CompareInputs:
         calibration: gives the calibration rows; raises RecipeError where there are too few.
         round_blockwise: GPTQ, AWQ and learned rounding.
         workplace: an existing folder for files that are only needed on the way.
+        beginnings: of the sequences that the model writes by itself, equally long, another last token in each, in the
+            order of the vocabulary.
+        stop_ids: tokens that end a sequence.
+        pad_id: stands behind a sequence.
+        factors: what LLM-QAT trains.
         seed: of random choices.
         trust_remote_code: allow code that comes with the model.
     """
@@ -61,6 +79,10 @@ class CompareInputs:
     calibration: Callable[[], Sequence[Batch]]
     round_blockwise: RoundBlockwise
     workplace: Path
+    beginnings: Sequence[Sequence[int]]
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    factors: FactorPlan
     seed: int = 0
     trust_remote_code: bool = False
 

@@ -67,7 +67,7 @@ def failed_row(method: CompareMethod, error: BaseException) -> ComparisonRow:
 def empty_row(method: CompareMethod) -> ComparisonRow:
     """A row without figures."""
     facts = FACTS[method]
-    return ComparisonRow(method, facts.what, facts.weight_bits, facts.activation_bits)
+    return ComparisonRow(method, facts.what, facts.weight_bits, facts.activation_bits, facts.kv_bits)
 
 
 def with_front(rows: Sequence[ComparisonRow]) -> tuple[ComparisonRow, ...]:

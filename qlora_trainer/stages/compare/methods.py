@@ -22,6 +22,7 @@ class MethodFacts:
         what: in a few words, with its paper.
         weight_bits: of a quantized weight.
         activation_bits: of the inputs of quantized layers; 16 = not quantized.
+        kv_bits: of the key-value cache, in scoring and in generation; 16 = not quantized.
         is_grouped: whether consecutive inputs share a scale (``compare.group_size``), not whole rows.
         stored_by: ``grid`` = integers and 16-bit scales, dequantized here; else bitsandbytes packs and runs them.
     """
@@ -29,6 +30,7 @@ class MethodFacts:
     what: str
     weight_bits: Literal[4, 8]
     activation_bits: Literal[8, 16] = 16
+    kv_bits: Literal[4, 8, 16] = 16
     is_grouped: bool = False
     stored_by: Literal["grid", "bitsandbytes"] = "grid"
 
@@ -47,6 +49,12 @@ FACTS: Final[Mapping[CompareMethod, MethodFacts]] = {
     "smoothquant_w8a8": MethodFacts("SmoothQuant (2211.10438), alpha searched, folded into the norms", 8, 8),
     "zeroquant_w8a8": MethodFacts("ZeroQuant (2206.01861): groups, tokens, distilled", 8, 8, is_grouped=True),
     "zeroquant_w4a8": MethodFacts("ZeroQuant (2206.01861): groups, tokens, distilled", 4, 8, is_grouped=True),
+    "rtn_w8a8kv8": MethodFacts("weights per row, activations and cache per token, untreated", 8, 8, 8),
+    "rtn_w4a8kv8": MethodFacts("weights per row, activations and cache per token, untreated", 4, 8, 8),
+    "rtn_w4a8kv4": MethodFacts("weights per row, activations and cache per token, untreated", 4, 8, 4),
+    "llm_qat_w8a8kv8": MethodFacts("LLM-QAT (2305.17888), trained on self-written data", 8, 8, 8),
+    "llm_qat_w4a8kv8": MethodFacts("LLM-QAT (2305.17888), trained on self-written data", 4, 8, 8),
+    "llm_qat_w4a8kv4": MethodFacts("LLM-QAT (2305.17888), trained on self-written data", 4, 8, 4),
 }
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,11 +16,13 @@ from qlora_trainer.numerics.obq import obq
 from qlora_trainer.recipe import CompareMethod, DataType
 from qlora_trainer.records import LinearLayers
 from qlora_trainer.runners import transformers as runner
+from qlora_trainer.runners.kv_cache import cache_bytes_per_token, with_rounded_kv_cache
 from qlora_trainer.runtime.atomic import writing_folder
 from qlora_trainer.runtime.weight_files import read_tensors
 from qlora_trainer.runtime.weight_headers import read_headers
 from qlora_trainer.stages.compare.distilled import distilled_block
 from qlora_trainer.stages.compare.inputs import CompareInputs, Weights
+from qlora_trainer.stages.compare.llm_qat import train_student
 from qlora_trainer.stages.compare.methods import FACTS, spec_of, treated_layers
 from qlora_trainer.stages.compare.smoothed import smoothed_block
 from qlora_trainer.stages.compare.walking import walk
@@ -73,7 +76,10 @@ def quantized(method: CompareMethod, inputs: CompareInputs) -> QuantizedSubject:
     model = runner.from_weights(inputs.folder, made.weights, dtype=inputs.dtype)
     if FACTS[method].activation_bits == 8:
         runner.with_dynamic_activations(model, layers.quantized)
-    return QuantizedSubject(model, stored_bytes(inputs.folder, layers, spec), left, made.note)
+    notes = [made.note] if made.note else []
+    if FACTS[method].kv_bits < 16:
+        notes.append(_with_small_cache(model, FACTS[method].kv_bits))
+    return QuantizedSubject(model, stored_bytes(inputs.folder, layers, spec), left, "; ".join(notes))
 
 
 def stored_bytes(folder: Path, layers: LinearLayers, spec: GridSpec | None) -> int:
@@ -95,6 +101,13 @@ def stored_bytes(folder: Path, layers: LinearLayers, spec: GridSpec | None) -> i
 def _unquantized_parameters(folder: Path, layers: LinearLayers) -> int:
     packed = {f"{module}.weight" for module in layers.quantized}
     return sum(math.prod(header.shape) for name, header in read_headers(folder).items() if name not in packed)
+
+
+def _with_small_cache(model: Any, bits: int) -> str:
+    """Changes the model so that its key-value cache has few bits; what that saves, in words."""
+    with_rounded_kv_cache(model, bits)
+    small, whole = (cache_bytes_per_token(model.config, each) for each in (bits, 16))
+    return f"cache of {small:,} bytes a token in place of {whole:,}"
 
 
 def _in_bitsandbytes(method: CompareMethod, inputs: CompareInputs) -> QuantizedSubject:
@@ -157,6 +170,13 @@ def _distilled(method: CompareMethod, inputs: CompareInputs, spec: GridSpec) -> 
     return _Made(_rounded(_with(inputs, changed), inputs.layers, spec), note)
 
 
+def _llm_qat(method: CompareMethod, inputs: CompareInputs, spec: GridSpec) -> _Made:
+    facts = FACTS[method]
+    found = train_student(inputs, spec, activation_bits=facts.activation_bits, kv_bits=facts.kv_bits)
+    note = f"KL on self-written text {found.kl_before:.4f} before training, {found.kl_after:.4f} after"
+    return _Made(_rounded(_with(inputs, found.matrices), inputs.layers, spec), note)
+
+
 def _by_obq(_method: CompareMethod, inputs: CompareInputs, spec: GridSpec) -> _Made:
     changed: dict[str, Tensor] = {}
     for block in walk(inputs):
@@ -202,4 +222,10 @@ _MAKERS: Mapping[CompareMethod, Callable[[CompareMethod, CompareInputs, GridSpec
     "smoothquant_w8a8": _smoothed,
     "zeroquant_w8a8": _distilled,
     "zeroquant_w4a8": _distilled,
+    "rtn_w8a8kv8": _nearest,
+    "rtn_w4a8kv8": _nearest,
+    "rtn_w4a8kv4": _nearest,
+    "llm_qat_w8a8kv8": _llm_qat,
+    "llm_qat_w4a8kv8": _llm_qat,
+    "llm_qat_w4a8kv4": _llm_qat,
 }

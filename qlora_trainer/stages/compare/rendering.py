@@ -55,7 +55,7 @@ def _cells(row: ComparisonRow, metrics: list[str]) -> list[str]:
     scores = row.metrics or {}
     return [
         f"{row.method}{' *' if row.is_on_front else ''}",
-        f"W{row.weight_bits}A{row.activation_bits}",
+        row.bits,
         _score(row.nats_per_token, "{:.4f}"),
         _score(row.added_nats, "{:+.4f}"),
         *(_score(scores.get(name), "{:.3g}") for name in metrics),

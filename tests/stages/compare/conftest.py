@@ -12,8 +12,8 @@ from qlora_trainer.numerics.integer_weight import GridSpec
 from qlora_trainer.recipe import Compare, CompareMethod
 from qlora_trainer.records import LinearLayers
 from qlora_trainer.runners import transformers as runner
-from qlora_trainer.stages.compare import CompareInputs
-from tests.models import random_token_ids
+from qlora_trainer.stages.compare import CompareInputs, FactorPlan
+from tests.models import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS, random_token_ids
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ def make_inputs(llama_folder: Path, tmp_path: Path) -> MakeInputs:
             calibration=calibration,
             round_blockwise=no_blockwise,
             workplace=tmp_path,
+            beginnings=[[BOS_ID, token] for token in range(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 32)],
+            stop_ids=(EOS_ID,),
+            pad_id=PAD_ID,
+            factors=FactorPlan(rank=8, scale=2.0),
         )
 
     return make
