@@ -31,6 +31,7 @@ ALL_METHODS = (
     "[rtn_int8, rtn_int4, gptq_int4, awq_int4, autoround_int4, obq_int4, nf4, fp4, llm_int8, rtn_w8a8, "
     "smoothquant_w8a8, zeroquant_w8a8, zeroquant_w4a8]"
 )
+WITH_CACHE = "[rtn_w8a8kv8, rtn_w4a8kv8, rtn_w4a8kv4, llm_qat_w8a8kv8, llm_qat_w4a8kv8, llm_qat_w4a8kv4]"
 ON_WIKITEXT = (
     "compare.model=base",
     "data.train=runs/wikitext-2/train.jsonl",
@@ -53,6 +54,8 @@ class Case:
     recipe: str
     changes: tuple[str, ...]
     is_wikitext: bool = False
+    run: str = ""
+    """Case whose run folder, and so whose trained model, is gone on with; empty = its own."""
 
 
 CASES = {
@@ -70,6 +73,12 @@ CASES = {
         "recipes/stories260k_e2e_cpu.yaml",
         (f"compare.methods={ALL_METHODS}", "compare.group_size=32", "compare.allow_16bit_layers=true", *ON_WIKITEXT),
         is_wikitext=True,
+    ),
+    # The key-value cache too: untreated, and trained on what the model writes by itself.
+    "stories260k_llm_qat": Case(
+        "recipes/stories260k_e2e_cpu.yaml",
+        (f"compare.methods={WITH_CACHE}", "compare.group_size=32", "compare.allow_16bit_layers=true"),
+        run="stories260k_e2e",
     ),
     "bitllama3m_wikitext2": Case(
         "recipes/stories260k_e2e_cpu.yaml",
@@ -90,10 +99,11 @@ def measure(name: str, case: Case) -> None:
     """Runs ``compare`` on one case and keeps its result."""
     if case.is_wikitext:
         write_wikitext(TEXT)
-    changes = (f"run.name=compare_{name}", "compare.prefer=size", *case.changes)
+    run = f"compare_{case.run or name}"
+    changes = (f"run.name={run}", *case.changes)
     command = ["-m", "qlora_trainer", "compare", case.recipe, *(part for each in changes for part in ("--set", each))]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    found = json.loads((ROOT / f"runs/compare_{name}/compare.json").read_text(encoding="utf-8"))
+    found = json.loads((ROOT / f"runs/{run}/compare.json").read_text(encoding="utf-8"))
     if case.is_wikitext:
         for row in found["rows"]:
             row["perplexity"] = row["nats_per_token"] and math.exp(row["nats_per_token"]["value"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 THRESHOLD: Final = 6.0
-"""Magnitude from which an input is an outlier (section 3.3: outliers of 6.0 and more carry the quality)."""
+"""Magnitude from which an input is an outlier (section 3.2: with 6.0 hardly any quality is lost)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qlora_trainer.runners import transformers as runner
 from qlora_trainer.stages.compare import CompareInputs, open_16bit, outlier_report, quantized, spec_of, treated_layers
 from qlora_trainer.stages.compare.quantizing import stored_bytes
 from tests.models import random_token_ids, tiny_llama
-from tests.stages.compare.conftest import MakeInputs
+from tests.stages.compare.conftest import MakeInputs, Rows, calibration
 
 OWN: tuple[CompareMethod, ...] = (
     "rtn_int8",
@@ -27,6 +27,11 @@ OWN: tuple[CompareMethod, ...] = (
     "zeroquant_w8a8",
     "zeroquant_w4a8",
 )
+
+
+def few() -> list[Rows]:
+    """One batch."""
+    return calibration(1)
 
 
 @torch.no_grad()
@@ -181,3 +186,18 @@ def test_block_methods_are_asked_for_with_their_grids(make_inputs: MakeInputs) -
     assert asked == [("gptq_int4", 4, 32)]
     same = runner.load(inputs.folder, dtype=torch.float32)
     assert torch.equal(logits(made.model), logits(same))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("method", [*OWN, "rtn_w4a8kv4"])
+def test_a_ternary_model_with_rows_of_zeros_gives_no_nan(
+    method: CompareMethod, shared_folder: Path, make_inputs: MakeInputs
+) -> None:
+    inputs = replace(make_inputs(shared_folder / "models/bitllama-3M"), calibration=few)  # type: ignore[arg-type]
+    if method == "obq_int4":
+        name = next(iter(inputs.layers.quantized))
+        # One layer: all 56 take minutes.
+        inputs = replace(inputs, layers=replace(inputs.layers, quantized={name: inputs.layers.quantized[name]}))
+    weights = load_file(inputs.folder / "model.safetensors")
+    assert sum(int((weights[f"{name}.weight"].abs().amax(dim=1) == 0).sum()) for name in inputs.layers.quantized) > 0
+    assert torch.isfinite(logits(quantized(method, inputs).model)).all()
