@@ -40,10 +40,11 @@ ON_WIKITEXT = (
     "data.completion_column=completion",
     "data.split_by=null",
     "data.overlong=drop",
-    "data.test_rows=200",
+    "data.test_rows=80",
     "evaluation.metrics=[]",
-    "evaluation.samples=2",
+    "evaluation.samples=0",
     "evaluation.batch_size=20",
+    "calibration.rows=32",
 )
 
 
@@ -77,12 +78,18 @@ CASES = {
     # The key-value cache too: untreated, and trained on what the model writes by itself.
     "stories260k_llm_qat": Case(
         "recipes/stories260k_e2e_cpu.yaml",
-        (f"compare.methods={WITH_CACHE}", "compare.group_size=32", "compare.allow_16bit_layers=true"),
+        (f"compare.methods={WITH_CACHE}", "compare.group_size=32", "compare.qat_steps=100"),
         run="stories260k_e2e",
     ),
     "bitllama3m_wikitext2": Case(
         "recipes/stories260k_e2e_cpu.yaml",
-        ("base_model.path=../shared/models/bitllama-3M", "compare.group_size=32", "calibration.rows=32", *ON_WIKITEXT),
+        (
+            "base_model.path=../shared/models/bitllama-3M",
+            "compare.group_size=32",
+            "compare.distillation_steps=20",
+            "rounding.learned_steps=40",
+            *ON_WIKITEXT,
+        ),
         is_wikitext=True,
     ),
 }
