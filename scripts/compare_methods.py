@@ -45,6 +45,8 @@ ON_WIKITEXT = (
     "evaluation.samples=0",
     "evaluation.batch_size=20",
     "calibration.rows=32",
+    "compare.distillation_steps=20",
+    "rounding.learned_steps=40",
 )
 
 
@@ -86,8 +88,6 @@ CASES = {
         (
             "base_model.path=../shared/models/bitllama-3M",
             "compare.group_size=32",
-            "compare.distillation_steps=20",
-            "rounding.learned_steps=40",
             *ON_WIKITEXT,
         ),
         is_wikitext=True,

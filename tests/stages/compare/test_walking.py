@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from qlora_trainer.runners import transformers as runner
+from qlora_trainer.stages.compare import walking
 from qlora_trainer.stages.compare.walking import walk
 from tests.stages.compare.conftest import MakeInputs, calibration
 
@@ -35,3 +37,13 @@ def test_the_norms_and_their_readers_are_found(make_inputs: MakeInputs) -> None:
             "input_layernorm": {"q_proj", "k_proj", "v_proj"},
             "post_attention_layernorm": {"gate_proj", "up_proj"},
         }
+
+
+def test_of_many_tokens_every_second_is_held(make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = next(iter(walk(make_inputs()))).inputs
+    monkeypatch.setattr(walking, "MOST_TOKENS", 70)
+    part = next(iter(walk(make_inputs()))).inputs
+    # Three batches of 42 real tokens.
+    assert {len(given) for given in whole.values()} == {126}
+    for module, given in part.items():
+        assert torch.equal(given, torch.cat([batch[::2] for batch in whole[module].split(42)]))
