@@ -31,6 +31,10 @@ ALL_METHODS = (
     "[rtn_int8, rtn_int4, gptq_int4, awq_int4, autoround_int4, obq_int4, nf4, fp4, llm_int8, rtn_w8a8, "
     "smoothquant_w8a8, zeroquant_w8a8, zeroquant_w4a8]"
 )
+QUICK_METHODS = (
+    "[rtn_int8, rtn_int4, gptq_int4, awq_int4, rtn_w8a8, smoothquant_w8a8, nf4, fp4, llm_int8, zeroquant_w8a8, "
+    "zeroquant_w4a8]"
+)
 WITH_CACHE = "[rtn_w8a8kv8, rtn_w4a8kv8, rtn_w4a8kv4, llm_qat_w8a8kv8, llm_qat_w4a8kv8, llm_qat_w4a8kv4]"
 ON_WIKITEXT = (
     "compare.model=base",
@@ -38,7 +42,7 @@ ON_WIKITEXT = (
     "data.test=runs/wikitext-2/test.jsonl",
     "data.prompt_column=prompt",
     "data.completion_column=completion",
-    "data.split_by=null",
+    "data.split_by=prompt",
     "data.overlong=drop",
     "data.test_rows=80",
     "evaluation.metrics=[]",
@@ -64,8 +68,14 @@ class Case:
 CASES = {
     "quickstart": Case(
         "recipes/quickstart.yaml",
-        # OBQ takes hours at these widths.
-        ("run.threads=1", "training.max_steps=120", "evaluation.generation_rows=60", "calibration.rows=48"),
+        # OBQ takes hours at these widths, learned rounding minutes.
+        (
+            f"compare.methods={QUICK_METHODS}",
+            "run.threads=1",
+            "training.max_steps=120",
+            "evaluation.generation_rows=60",
+            "calibration.rows=48",
+        ),
     ),
     "stories260k_e2e": Case(
         "recipes/stories260k_e2e_cpu.yaml",

@@ -25,6 +25,7 @@ MOST_INPUTS: Final = 1024
 """Widest layer: a row's inverse takes 8 MiB there, and a square layer 1e12 multiplications."""
 
 _BYTES_AT_ONCE: Final = 128 * 2**20
+"""Inverses that are worked on together."""
 
 
 @dataclass(frozen=True)
@@ -113,5 +114,5 @@ def _solve(work: Tensor, inverse: Tensor, grid: Grid, *, outliers_first: bool) -
         codes[every, chosen], order[:, step] = nearest[every, chosen], chosen
         work = torch.where(remaining, work - error[every, chosen].unsqueeze(1) / pivot * column, work)
         remaining[every, chosen] = False
-        inverses -= column.unsqueeze(2) * (column / pivot).unsqueeze(1)
+        inverses.baddbmm_(column.unsqueeze(2), (column / pivot).unsqueeze(1), alpha=-1)
     return codes, order

@@ -196,7 +196,7 @@ def test_a_ternary_model_with_rows_of_zeros_gives_no_nan(
     inputs = replace(make_inputs(shared_folder / "models/bitllama-3M"), calibration=few)  # type: ignore[arg-type]
     if method == "obq_int4":
         name = next(iter(inputs.layers.quantized))
-        # One layer: all 56 take minutes.
+        # One layer: all 56 would take minutes.
         inputs = replace(inputs, layers=replace(inputs.layers, quantized={name: inputs.layers.quantized[name]}))
     weights = load_file(inputs.folder / "model.safetensors")
     assert sum(int((weights[f"{name}.weight"].abs().amax(dim=1) == 0).sum()) for name in inputs.layers.quantized) > 0
