@@ -94,7 +94,7 @@ def front(found: dict[str, Any], case: str) -> Element:
     sizes = [row["bytes"] / 2**20 for row in rows]
     losses = [row["nats_per_token"]["value"] for row in rows]
     air = 0.08 * (max(losses) - min(losses)) or 0.01
-    x = LogScale(min(sizes) / 1.06, max(sizes) * 1.06, LEFT, RIGHT)
+    x = Scale(0.0, max(sizes) * 1.05, LEFT, RIGHT)
     y = Scale(min(losses) - air, max(losses) + air, BOTTOM, TOP)
     _frame(svg, x, y, names=("MiB", "nats per token"))
     joined = sorted((size, loss) for row, size, loss in zip(rows, sizes, losses, strict=True) if row["is_on_front"])
