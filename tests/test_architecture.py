@@ -70,7 +70,7 @@ DOORS = {
     "compressed_tensors": {"formats.compressed_tensors"},
     "gguf": {"formats.gguf"},
     "llama_cpp": {"runners.llama_cpp"},
-    "transformers": {"runners.transformers", "runners.causal_lm.attention", "runtime.bnb"},
+    "transformers": {"runners.transformers", "runners.causal_lm.attention", "runners.kv_cache", "runtime.bnb"},
     "tokenizers": {"data.tokenizer"},
     "jinja2": {"data.chat_template", "stages.report"},
     "typer": {"cli"},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qlora_trainer import __version__
+from qlora_trainer.cli import compare
 from qlora_trainer.cli.guard import guarded
 from qlora_trainer.cli.new_verb import NEW_HELP, NEW_SHORT_HELP, new
 from qlora_trainer.cli.recipes_verb import RECIPES_HELP, RECIPES_SHORT_HELP, recipes
@@ -92,6 +93,7 @@ def make_app() -> typer.Typer:
     app.command("check", help=CHECK_HELP, short_help=CHECK_SHORT_HELP)(_check)
     for verb in VERBS:
         app.command(verb.name, help=verb.help, short_help=verb.does)(_stage_command(verb))
+    app.command("compare", help=compare.HELP, short_help=compare.SHORT_HELP)(_compare)
     app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(recipes)
     app.command("new", help=NEW_HELP, short_help=NEW_SHORT_HELP)(new)
     add_talk_verbs(app)
@@ -125,6 +127,11 @@ def _stage_command(verb: Verb) -> Callable[..., None]:
             _carry_out(verb, recipe, overrides, trust_remote_code=trust_remote_code, voice=voice)
 
     return command
+
+
+def _compare(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: TrustRemoteCode = False) -> None:
+    with guarded():
+        compare.carry_out(recipe, overrides, trust_remote_code=trust_remote_code)
 
 
 def _carry_out(verb: Verb, path: Path, overrides: Sequence[str], *, trust_remote_code: bool, voice: "Voice") -> None:

@@ -2,7 +2,8 @@
 
 The convention is that of QUANTIZATION, section 1: the zero point is the integer that represents real zero.
 A grid holds one scale and zero point per tensor, per row or per group of consecutive inputs, and the shape
-of its scale says which: ``(1, 1)``, ``(rows, 1)`` or ``(rows, groups)``. Methods that choose better integers
+of its scale says which: ``(1, 1)``, ``(rows, 1)`` or ``(rows, groups)``. One row of scales and several groups,
+``(1, groups)``, serve all rows alike, as a static grid of activations does. Methods that choose better integers
 than the nearest ones work on the same grids; files and packing are not known here.
 """
 
@@ -12,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Granularity = Literal["tensor", "channel"] | int
-"""What shares one scale: the whole tensor, a row, or so many consecutive inputs of a row."""
+Granularity = Literal["tensor", "channel", "token"] | int
+"""What shares one scale: the whole tensor, a weight's row (one output channel), a row of activations (one token), or so
+many consecutive inputs of a row. ``channel`` and ``token`` are the same shape, for the two kinds of matrices."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _grid_shape(weight: Tensor, granularity: Granularity) -> tuple[int, int]:
     rows, inputs = weight.shape
     if granularity == "tensor":
         return 1, 1
-    if granularity == "channel":
+    if granularity == "channel" or granularity == "token":
         return rows, 1
     if granularity < 1 or inputs % granularity:
         fitting = [size for size in range(8, min(inputs, 256) + 1) if inputs % size == 0]
@@ -175,12 +177,11 @@ def _grid_shape(weight: Tensor, granularity: Granularity) -> tuple[int, int]:
 
 
 def _blocks(values: Tensor, grid: Grid) -> Tensor:
-    """A view of shape ``(grid rows, groups, values that share a scale)``."""
+    """A view of shape ``(rows, groups, consecutive values that share a scale)``."""
     rows, groups = grid.scale.shape
-    fits = values.ndim == 2 and (rows in {1, values.shape[0]}) and values.shape[1] % groups == 0
-    if not fits or (rows == 1 and groups > 1 and values.shape[0] > 1):
+    if values.ndim != 2 or rows not in {1, values.shape[0]} or values.shape[1] % groups:
         raise ValueError(f"a grid of shape ({rows}, {groups}) does not fit values of shape {tuple(values.shape)}")
-    return values.reshape(rows, groups, -1)
+    return values.reshape(values.shape[0], groups, -1)
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -1,9 +1,62 @@
-"""How far an approximation of a tensor lies from it: the three figures that a quantizer is judged by."""
+"""How far an approximation of a tensor lies from it: the figures that a quantizer is judged by."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qlora_trainer.numerics.affine import Grid, integer_range, round_trip
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """What ``quantize`` and ``dequantize`` on a grid do to values.
+
+    Attributes:
+        sqnr_db: as ``sqnr_db``.
+        relative: as ``relative_error``.
+        largest: as ``max_error``.
+        clipped_share: as ``clipped_share``.
+    """
+
+    sqnr_db: float
+    relative: float
+    largest: float
+    clipped_share: float
+
+
+def quantization_error(values: Tensor, grid: Grid) -> QuantizationError:
+    """All four figures of rounding values on a grid.
+
+    Args:
+        values: any float type, shape ``(rows, inputs)``.
+        grid: fits the values.
+
+    Raises:
+        ValueError: as ``affine.quantize``.
+    """
+    restored = round_trip(values, grid)
+    return QuantizationError(
+        sqnr_db(values, restored),
+        relative_error(values, restored),
+        max_error(values, restored),
+        clipped_share(values, grid),
+    )
+
+
+def clipped_share(values: Tensor, grid: Grid) -> float:
+    """Share of values beyond the grid's range by more than half a step, so that their error is no longer rounding.
+
+    Raises:
+        ValueError: the shapes do not fit, or there are no values.
+    """
+    error = (round_trip(values, grid).double() - values.double()).abs()
+    steps = error.reshape(len(values), grid.scale.shape[1], -1) / grid.scale.double().unsqueeze(-1)
+    smallest, largest = integer_range(grid.bits)
+    # float32 rounds the quotient, of up to the number of steps, and the product once each.
+    slack = 4 * torch.finfo(torch.float32).eps * (largest - smallest)
+    return (steps > 0.5 + slack).double().mean().item()
 
 
 def sqnr_db(weight: Tensor, approximation: Tensor) -> float:

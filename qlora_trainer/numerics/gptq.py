@@ -157,6 +157,19 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
     return max(((wide @ gram.double()) * wide).sum().item(), 0.0)
 
 
+def damped_gram(weight: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """The Gram matrix in float64 with so large a share of its mean diagonal added; the identity where it is all 0.
+
+    Raises:
+        ValueError: as ``gptq``.
+    """
+    _require_pair(weight, gram, damping)
+    matrix = gram.double().clone()
+    mean = matrix.diagonal().mean()
+    matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return matrix
+
+
 def _solve(weight: Tensor, grid: Grid, order: Tensor, factor: Tensor, block_columns: int) -> Tensor:
     """Codes in the weight's own order of columns."""
     rows, inputs = weight.shape

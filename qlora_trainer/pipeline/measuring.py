@@ -127,6 +127,14 @@ class Measuring:
             describe=lambda record: in_words(record.evaluation),
         )
 
+    def evaluation(self, model: nn.Module, subject: Subject) -> Evaluation:
+        """A model in memory on the test rows; nothing is kept."""
+        return evaluate.evaluate(model, subject, self.bench)
+
+    def nearness(self, model: nn.Module, teacher: Teacher) -> Fidelity:
+        """How near a model in memory is to a teacher on the test rows."""
+        return self._fidelity(model, teacher)
+
     def teacher(self, key: str, open_model: OpenModel) -> Teacher:
         """The trained model's distributions, read back or taken now; ``key`` as for ``stage``."""
         place = self.folder.evaluations / f"trained-{fingerprint(key, self.ground.bench_key)[:16]}"

@@ -4,6 +4,7 @@ Reading YAML and wording its problems is ``recipe_file``'s work. Validators here
 fill in or change. Paths are relative to the folder in which the command is given.
 """
 
+from qlora_trainer.recipe.compare import Compare, CompareMethod
 from qlora_trainer.recipe.data import Data, RowFormat, Source, Sources, sources_of
 from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
@@ -17,6 +18,8 @@ __all__ = [
     "BaseModelSource",
     "Calibration",
     "Checkpointing",
+    "Compare",
+    "CompareMethod",
     "Data",
     "DataType",
     "EvaluationPlan",

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from qlora_trainer.recipe.compare import Compare
 from qlora_trainer.recipe.data import Data
 from qlora_trainer.recipe.files import Calibration, Export, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, Lora, Quantization
@@ -74,6 +75,7 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     rounding: Rounding = Rounding()
     ladder: Ladder = Ladder()
+    compare: Compare = Compare()
     tracking: Tracking = Tracking()
     expected: Expected | None = None
 

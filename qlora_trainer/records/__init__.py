@@ -4,6 +4,7 @@ Each record survives a round trip through JSON (``runtime.run_folder``), so that
 read back on the next run instead of being repeated.
 """
 
+from qlora_trainer.records.comparison import Comparison, ComparisonRow, LayerOutliers, Recommendation
 from qlora_trainer.records.cuts import ChosenCut, Cut, Trial
 from qlora_trainer.records.files import Attempt, ExportedModel, MergedModel
 from qlora_trainer.records.measurements import Evaluation, Fidelity, Interval, Sample, Score
@@ -23,6 +24,8 @@ __all__ = [
     "BaseCheckpoint",
     "Choice",
     "ChosenCut",
+    "Comparison",
+    "ComparisonRow",
     "Cut",
     "Evaluation",
     "ExpectedFigure",
@@ -32,9 +35,11 @@ __all__ = [
     "Gap",
     "Interval",
     "LayerDistortion",
+    "LayerOutliers",
     "LinearLayers",
     "MergedModel",
     "QuantizedModel",
+    "Recommendation",
     "RunReport",
     "Sample",
     "Score",

@@ -199,7 +199,22 @@ def test_clipping_ranges_that_cannot_be_are_refused() -> None:
         symmetric_grid(-one, bits=4)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (3, 5), (1, 2)])
+def test_one_row_of_grids_serves_every_row_alike() -> None:
+    values = normal(3, 8)
+    grid = Grid(torch.tensor([[0.1, 0.5]]), torch.tensor([[3, -2]], dtype=torch.int32), bits=4)
+    apart = [Grid(grid.scale[:, group : group + 1], grid.zero_point[:, group : group + 1], 4) for group in (0, 1)]
+    halves = [round_trip(values[:, 4 * group : 4 * group + 4], apart[group]) for group in (0, 1)]
+    assert torch.equal(round_trip(values, grid), torch.cat(halves, dim=1))
+
+
+def test_a_token_is_a_row_as_a_channel_is() -> None:
+    values = normal(5, 16)
+    per_token = fit_grid(values, bits=8, is_symmetric=True, granularity="token")
+    assert per_token.scale.shape == (5, 1)
+    assert torch.equal(per_token.scale, fit_grid(values, bits=8, is_symmetric=True, granularity="channel").scale)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 5), (1, 3)])
 def test_a_grid_of_another_shape_is_refused(shape: tuple[int, int]) -> None:
     grid = Grid(scale=torch.ones(shape), zero_point=torch.zeros(shape, dtype=torch.int32), bits=4)
     with pytest.raises(ValueError, match=r"does not fit values of shape \(3, 8\)"):

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from qlora_trainer.numerics.distortion import max_error, relative_error, sqnr_db
+from qlora_trainer.numerics.affine import fit_grid, grid_over
+from qlora_trainer.numerics.distortion import (
+    clipped_share,
+    max_error,
+    quantization_error,
+    relative_error,
+    sqnr_db,
+)
 
 WEIGHT = torch.tensor([[3.0, 0.0], [0.0, 4.0]])  # norm 5
 SHIFTED = torch.tensor([[3.0, 0.3], [-0.4, 4.0]])  # off by a tensor of norm 0.5
@@ -77,3 +84,26 @@ def test_different_shapes_are_refused(figure: object) -> None:
     assert callable(figure)
     with pytest.raises(ValueError, match=r"shapes differ: \(2, 2\) and \(2, 1\)"):
         figure(WEIGHT, WEIGHT[:, :1])
+
+
+def test_the_worked_example_reports_its_error_and_what_it_clipped() -> None:
+    grid = grid_over(torch.tensor([[-1.5]]), torch.tensor([[2.5]]), bits=8)
+    inside = quantization_error(torch.tensor([[1.0, 0.0, -1.5, 2.5]]), grid)
+    assert inside.clipped_share == 0
+    assert inside.largest <= 4 / 255 / 2
+    with_three = quantization_error(torch.tensor([[1.0, 0.0, -1.5, 2.5, 3.0]]), grid)
+    assert with_three.clipped_share == pytest.approx(1 / 5)
+    # 3 stands for 2.494, the largest real of the grid.
+    assert with_three.largest == pytest.approx(3 - 4 / 255 * (127 + 32), rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_a_min_max_grid_clips_nothing_and_half_of_it_clips_a_half(bits: int, is_symmetric: bool) -> None:
+    values = torch.linspace(-1, 1, 2001).reshape(1, -1)
+    whole = fit_grid(values, bits=bits, is_symmetric=is_symmetric, granularity="channel")
+    assert clipped_share(values, whole) == 0
+    half = fit_grid(values / 2, bits=bits, is_symmetric=is_symmetric, granularity="channel")
+    # What lies within half a step of the ends is rounded, not clipped: up to a step of one half in 2**bits - 1.
+    step = 1 / (2**bits - 1)
+    assert 0.5 - step - 1e-3 <= clipped_share(values, half) <= 0.5 + step

@@ -10,8 +10,10 @@ methods that do so.
 """
 
 from qlora_trainer.export_formats import MergeBase
+from qlora_trainer.numerics.integer_weight import GridSpec
+from qlora_trainer.stages.export.calibration import CalibrationBatch, calibration_batches
 from qlora_trainer.stages.export.catalog import integer_format_of, layers_of, require_gguf, require_writable
-from qlora_trainer.stages.export.inputs import AdapterFactors, ExportInputs, TaskData, WrittenExport
+from qlora_trainer.stages.export.inputs import AdapterFactors, ExportInputs, OnMerged, TaskData, Wanted, WrittenExport
 from qlora_trainer.stages.export.opening import (
     BASE_RUNTIME,
     Opened,
@@ -20,22 +22,28 @@ from qlora_trainer.stages.export.opening import (
     reference_model,
     why_no_runtime,
 )
-from qlora_trainer.stages.export.rungs import Shelf, Way, method_in_words
+from qlora_trainer.stages.export.rungs import Kind, Shelf, Way, method_in_words
 from qlora_trainer.stages.export.standing import HeldOut, Standing, resampling_of, standing
 from qlora_trainer.stages.export.writing import write
 
 __all__ = [
     "BASE_RUNTIME",
     "AdapterFactors",
+    "CalibrationBatch",
     "ExportInputs",
+    "GridSpec",
     "HeldOut",
+    "Kind",
     "MergeBase",
+    "OnMerged",
     "Opened",
     "Shelf",
     "Standing",
     "TaskData",
+    "Wanted",
     "Way",
     "WrittenExport",
+    "calibration_batches",
     "integer_format_of",
     "judge",
     "layers_of",

@@ -5,7 +5,7 @@ changes nothing else: a tuned model shares the integers of the one it came from.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,20 @@ class RoundedModel:
         """Every matrix by module, one block in memory at a time."""
         for name in self.blocks():
             yield from self.block(name).items()
+
+    def dequantized_in(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A model's weights by checkpoint name with the reals of the rounded matrices in place of its own."""
+        places = self.places()
+        plain = {name: tensor for block in self.blocks() for name, tensor in self.plain(block).items()}
+        held, matrices = "", dict[str, IntegerWeight]()
+        for name, tensor in weights:
+            block = places.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if block is None:
+                yield name, plain.get(name, tensor)
+                continue
+            if block != held:
+                held, matrices = block, self.block(block)
+            yield name, matrices[name.removesuffix(".weight")].dequantized()
 
     def unscaled(self, block: str, module: str, matrix: Tensor) -> Tensor:
         """A matrix of this model as it would be had its rows and columns not been scaled before rounding."""

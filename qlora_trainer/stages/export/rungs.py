@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from qlora_trainer.errors import RecipeError
 from qlora_trainer.export_formats import FACTS, MergeBase
@@ -36,6 +37,10 @@ class Way:
 
     rung: int
     into: MergeBase
+
+
+Kind = Literal["layerwise", "learned", "aware"]
+"""How integers are chosen: rung 1, 3 or 4 without the tuning of scales."""
 
 
 def method_in_words(rung: int, name: ExportFormat, rounding: Rounding) -> str:
@@ -74,8 +79,9 @@ class Shelf:
         if way.rung == 0:
             return None
         if way.rung == 1:
-            return self._kept(way, spec, "layerwise")
-        source = {2: "layerwise", 3: "learned", 4: "aware"}[way.rung]
+            return self.kept(way, spec, "layerwise")
+        sources: dict[int, Kind] = {2: "layerwise", 3: "learned", 4: "aware"}
+        source = sources[way.rung]
         return self._tuned(way, spec, source)
 
     def worst_layers(self, way: Way, spec: GridSpec) -> frozenset[str]:
@@ -87,7 +93,12 @@ class Shelf:
             write_text(file, json.dumps(worst))
         return frozenset(json.loads(file.read_text(encoding="utf-8")))
 
-    def _kept(self, way: Way, spec: GridSpec, kind: str) -> RoundedModel:
+    def kept(self, way: Way, spec: GridSpec, kind: Kind) -> RoundedModel:
+        """The rounded matrices of a kind before their scales are tuned, made where they are not on the shelf.
+
+        Raises:
+            RecipeError: there are fewer calibration rows than asked for, or a layer cannot be rounded.
+        """
         folder = self._place(way.into, spec, kind)
         if not folder.exists():
             with writing_folder(folder) as partial:
@@ -97,7 +108,7 @@ class Shelf:
                     raise RecipeError(f"export: {error}") from error
         return RoundedModel(folder)
 
-    def _make(self, kind: str, into: MergeBase, spec: GridSpec, target: RoundedModel) -> None:
+    def _make(self, kind: Kind, into: MergeBase, spec: GridSpec, target: RoundedModel) -> None:
         rounding = self.inputs.rounding
         if kind == "aware":
             self._make_aware(into, spec, target)
@@ -120,10 +131,10 @@ class Shelf:
             if not missing[block]:
                 target.write_block(block, blocks.pop(block))
 
-    def _tuned(self, way: Way, spec: GridSpec, kind: str) -> RoundedModel:
+    def _tuned(self, way: Way, spec: GridSpec, kind: Kind) -> RoundedModel:
         folder = self._place(way.into, spec, f"{kind}-tuned")
         if not folder.exists():
-            source = self._kept(way, spec, kind)
+            source = self.kept(way, spec, kind)
             with TemporaryDirectory(dir=self.folder) as at_work:
                 tuning = ScaleTuning(self._bench(), way.into, spec, source, Path(at_work))
                 tuning.run(self.inputs.rounding)
