@@ -242,12 +242,16 @@ class Comparing:
         self, method: CompareMethod, spec: export.GridSpec, layers: LinearLayers
     ) -> Iterator[tuple[str, Tensor]]:
         """The export ladder's rounding, toward the 16-bit model itself: there is no delta."""
+        rounded = self.rounded(method, spec, layers)
+        yield from rounded.dequantized_in(self._weights(layers))
+
+    def rounded(self, method: CompareMethod, spec: export.GridSpec, layers: LinearLayers) -> export.RoundedModel:
+        """The integers that a blockwise method chooses for the 16-bit model, on grids of any bits; made once a grid."""
         rounding = self.recipe.rounding.model_copy(update={"method": "awq" if method == "awq_int4" else "gptq"})
         inputs = replace(self._export_inputs(layers), rounding=rounding)
         shelf = export.Shelf(self.workplace / method, inputs)
         kind: export.Kind = "learned" if method == "autoround_int4" else "layerwise"
-        rounded = shelf.kept(export.Way(1, "dequantized"), spec, kind)
-        yield from rounded.dequantized_in(self._weights(layers))
+        return shelf.kept(export.Way(1, "dequantized"), spec, kind)
 
     def _weights(self, layers: LinearLayers) -> Iterator[tuple[str, Tensor]]:
         matrices = {f"{module}.weight" for module in layers.quantized}

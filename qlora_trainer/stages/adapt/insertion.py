@@ -58,13 +58,29 @@ def adapt(
         trust_remote_code: allow code that comes with the model.
     """
     model = runner.load(quantized.folder, dtype=getattr(torch, compute_dtype), trust_remote_code=trust_remote_code)
+    return insert(model, lora, layers=layers, compute_dtype=compute_dtype, seed=seed, initial=quantized.initial_factors)
+
+
+def insert(
+    model: nn.Module, lora: Lora, *, layers: LinearLayers, compute_dtype: str, seed: int, initial: Path | None = None
+) -> PeftModel:
+    """A base in memory, in 16 bit, 4 bit or as integers, with float32 adapters; changed in place and given back.
+
+    Args:
+        model: the base.
+        lora: rank, scale and kind of the adapters.
+        layers: where they go.
+        compute_dtype: type of the base's activations.
+        seed: sets torch's generator.
+        initial: folder of the first factors; None = fresh ones.
+    """
     torch.manual_seed(seed)
     with quiet_peft():
         adapted: PeftModel = get_peft_model(model, _lora_config(lora, layers))
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(".lora_" in name)
-    if quantized.initial_factors is not None:
-        load_adapter(adapted, quantized.initial_factors)
+    if initial is not None:
+        load_adapter(adapted, initial)
     adapted.eval()
     make_lean(adapted, getattr(torch, compute_dtype))
     return adapted
@@ -77,7 +93,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _lora_config(lora: Lora, layers: LinearLayers) -> LoraConfig:
-    """The settings as peft spells them, with our forward for adapted 4-bit layers."""
+    """The settings as peft spells them, with our forward for adapted layers of 4 bits and of integers."""
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -1,19 +1,22 @@
-"""What a 4-bit layer with a LoRA adapter computes with, in place of the library's own forward.
+"""What a 4-bit layer, or one of integers, with a LoRA adapter computes with, in place of the library's own forward.
 
 The same function, with less kept and nothing copied: the library casts the input of every adapter to float32, keeps it,
 and clones the frozen layer's output.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_trainer.numerics.adapted_linear import FrozenLayer, LowRankUpdate, adapted_linear
+from qlora_trainer.runners.integer_linear import IntegerLinear
 from qlora_trainer.runtime import bnb
 
 # isort: split
 from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora.layer import Linear
 
 
 class LeanLinear4bit(Linear4bit):  # type: ignore[misc]  # peft is untyped
@@ -25,24 +28,58 @@ class LeanLinear4bit(Linear4bit):  # type: ignore[misc]  # peft is untyped
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x W^T + b + s dropout(x) A^T B^T`` in the type of ``x``."""
-        adapter = self._plain_adapter()
+        adapter = _plain_adapter(self)
         if adapter is None or args or kwargs:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         base = self.get_base_layer()
-        layer = FrozenLayer(lambda: bnb.dequantized(base, x.dtype), base.bias)
-        update = LowRankUpdate(self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
-        dropped = self.lora_dropout[adapter](x)
-        return adapted_linear(x, layer, update, dropped=None if dropped is x else dropped)
+        return _lean_forward(self, adapter, x, lambda: bnb.dequantized(base, x.dtype))
 
-    def _plain_adapter(self) -> str | None:
-        """Name of the one adapter to apply; None where the library's forward is the one to take."""
-        active = [str(name) for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(active) != 1 or not torch.is_grad_enabled():
-            return None
-        return None if active[0] in self.lora_variant else active[0]
+
+class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
+    """The same for a base layer of integers and scales: dequantized once forward and once backward, never held."""
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Of a kind of layer that the library does not know, and would warn of."""
+        layer: Any = module
+        return layer.in_features, layer.out_features
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x W^T + b + s dropout(x) A^T B^T`` in the type of ``x``."""
+        adapter = _plain_adapter(self)
+        if adapter is None or args or kwargs:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        base = self.get_base_layer()
+        return _lean_forward(self, adapter, x, lambda: base.dequantized(x.dtype))
+
+    def merge(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refused: the sum of integers and a trained delta is on no grid.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "an adapter cannot be merged into a base of integers in place; merge it into the dequantized base and "
+            "quantize again"
+        )
+
+
+def _lean_forward(layer: Any, adapter: str, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    update = LowRankUpdate(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
+    dropped = layer.lora_dropout[adapter](x)
+    frozen = FrozenLayer(weight, layer.get_base_layer().bias)
+    return adapted_linear(x, frozen, update, dropped=None if dropped is x else dropped)
+
+
+def _plain_adapter(layer: Any) -> str | None:
+    """Name of the one adapter to apply; None where the library's forward is the one to take."""
+    active = [str(name) for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(active) != 1 or not torch.is_grad_enabled():
+        return None
+    return None if active[0] in layer.lora_variant else active[0]
 
 
 def lean_layers() -> dict[type[nn.Module], type[nn.Module]]:
     """Adapted layers by the class of their frozen layer, as peft's ``LoraConfig`` wants custom modules."""
-    return {bnb.FourBitLinear: LeanLinear4bit}
+    return {bnb.FourBitLinear: LeanLinear4bit, IntegerLinear: LeanIntegerLinear}

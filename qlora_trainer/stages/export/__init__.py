@@ -22,6 +22,7 @@ from qlora_trainer.stages.export.opening import (
     reference_model,
     why_no_runtime,
 )
+from qlora_trainer.stages.export.rounded import RoundedModel
 from qlora_trainer.stages.export.rungs import Kind, Shelf, Way, method_in_words
 from qlora_trainer.stages.export.standing import HeldOut, Standing, resampling_of, standing
 from qlora_trainer.stages.export.writing import write
@@ -37,6 +38,7 @@ __all__ = [
     "MergeBase",
     "OnMerged",
     "Opened",
+    "RoundedModel",
     "Shelf",
     "Standing",
     "TaskData",

@@ -1,0 +1,149 @@
+"""How much of what a base loses in quantization does LoRA training win back, base by base, for the same budget?
+
+    python scripts/bench_recovery.py                    # the quickstart's model and task, three seeds
+    python scripts/bench_recovery.py --steps 500
+
+Bases: 16 bit, int8, NF4, FP4 (the package's own), and GPTQ int4: integers of this package in groups of 64, held packed
+and dequantized at each use, with trainable LoRA on top. Gap before: nats per token above the untuned 16-bit base; gap
+after: above the 16-bit base that was tuned alike, seed by seed. Each base runs in a process of its own, so that its
+peak memory is its own. Finished bases are kept in ``runs/bench_recovery``. Writes
+``scripts/results/bench_recovery.json``.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final, get_args
+
+import torch
+from torch import nn
+from tuned_bases import ROOT, Bases, Json, Losses, bases_of, changed, gap, score, write_result
+
+from qlora_trainer.numerics.integer_weight import GridSpec
+from qlora_trainer.recipe import DataType
+from qlora_trainer.records import LinearLayers
+from qlora_trainer.runtime.atomic import write_text
+from qlora_trainer.runtime.memory import release_freed
+from qlora_trainer.stages.compare.quantizing import stored_bytes
+
+RECIPE: Final = "recipes/quickstart.yaml"
+WORK: Final = ROOT / "runs/bench_recovery"
+REFERENCE: Final = "16bit"
+GPTQ: Final = "gptq_int4"
+BASES: Final = (REFERENCE, "int8", "nf4", "fp4", GPTQ)
+SPEC: Final = GridSpec(4, 64, "none", torch.float16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 rows")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each base")
+    parser.add_argument("--base", choices=BASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.base is not None:
+        measure(args.base, steps=args.steps, seeds=args.seeds)
+        return
+    turns = {base: _turn(base, args.steps, args.seeds) for base in BASES}
+    command = f"python {shlex.join(sys.argv)}"
+    write_result("bench_recovery.json", command, summary(turns, steps=args.steps, seeds=args.seeds))
+
+
+def _turn(base: str, steps: int, seeds: int) -> Json:
+    """A base's measurements, read back or made now in a process of its own."""
+    file = _file(base, steps, seeds)
+    if not file.exists():
+        settings = ["--base", base, "--steps", str(steps), "--seeds", str(seeds)]
+        subprocess.run([sys.executable, __file__, *settings], cwd=ROOT, check=True)
+    found: Json = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _file(base: str, steps: int, seeds: int) -> Path:
+    return WORK / f"{base}-{steps}-{seeds}.json"
+
+
+def measure(base: str, *, steps: int, seeds: int) -> None:
+    """Everything about one base, into a file."""
+    changes = [
+        f"run.name=bench_recovery_{base}",
+        "run.threads=1",
+        f"training.max_steps={steps}",
+        f"training.checkpoint_every_steps={steps}",
+        "data.validation_rows=50",
+        "evaluation.metrics=[]",
+        "calibration.rows=48",
+    ]
+    with bases_of(changed(RECIPE, changes)) as bases:
+        before, tuned = None, []
+        for seed in range(seeds):
+            model, size = opened(bases, base)
+            before = before or bases.losses(model)
+            release_freed()
+            tuned.append(bases.tuned(model, base, seed=seed))
+            print(f"{base} seed {seed}: {before.value:.4f} -> {tuned[-1].losses.value:.4f}", flush=True)
+    assert before is not None, "at least one seed"
+    first = tuned[0].trained
+    found = {
+        "bytes": size,
+        "before": asdict(before),
+        "after": [asdict(each.losses) for each in tuned],
+        "seconds": [each.trained.seconds for each in tuned],
+        "peak_bytes": first.peak_bytes,
+        "trainable_parameters": first.trainable_parameters,
+        "tokens": first.tokens,
+    }
+    WORK.mkdir(parents=True, exist_ok=True)
+    write_text(_file(base, steps, seeds), json.dumps(found))
+
+
+def opened(bases: Bases, base: str) -> tuple[nn.Module, int]:
+    """A base ready to be tuned, and the bytes of its stored weights, two for each that is not quantized."""
+    folder, layers = bases.ground.base.folder, bases.ground.layers
+    plain = LinearLayers(quantized={}, adapted=layers.adapted, ignored=layers.ignored)
+    whole = stored_bytes(folder, plain, None)
+    if base == REFERENCE:
+        return bases.sixteen_bit(), whole
+    if base == GPTQ:
+        return bases.integers("gptq", SPEC), stored_bytes(folder, layers, SPEC)
+    data_type = next(each for each in get_args(DataType) if each == base)
+    model, made = bases.packed(data_type)
+    matrices = sum(rows * columns for rows, columns in layers.quantized.values())
+    return model, round(whole - 2 * matrices + matrices * made.bits_per_parameter / 8)
+
+
+def summary(turns: dict[str, Json], *, steps: int, seeds: int) -> Json:
+    """The table: gaps before and after, with intervals over test rows, and the spread over seeds."""
+    before = {base: Losses(**turn["before"]) for base, turn in turns.items()}
+    after = {base: [Losses(**each) for each in turn["after"]] for base, turn in turns.items()}
+    rows = []
+    for base, turn in turns.items():
+        rows.append(
+            {
+                "base": base,
+                "bytes": turn["bytes"],
+                "before": score([before[base]]),
+                "gap_before": gap([before[base]], [before[REFERENCE]]),
+                "after": score(after[base]),
+                "gap_after": gap(after[base], after[REFERENCE]),
+                "seconds": turn["seconds"],
+                "peak_bytes": turn["peak_bytes"],
+            }
+        )
+    first = turns[REFERENCE]
+    return {
+        "recipe": RECIPE,
+        "steps": steps,
+        "seeds": seeds,
+        "tokens": first["tokens"],
+        "trainable_parameters": first["trainable_parameters"],
+        "test_rows": len(before[REFERENCE].nats),
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    main()

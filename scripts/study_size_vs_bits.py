@@ -1,0 +1,238 @@
+"""Larger at few bits or smaller at many: loss against bytes for one family of models, before and after fine-tuning.
+
+    python scripts/study_size_vs_bits.py                # pretrains what is missing, then measures
+    python scripts/study_size_vs_bits.py --sizes 64 128 --seeds 1
+
+The family: ``pretrain_base.py``'s Llama of four layers at several widths, each trained on equally many tokens with the
+quickstart's tokenizer. Each is rounded to 8, 4 and 3 bits in groups of 64, to nearest (RTN) and by GPTQ. Before
+fine-tuning it is measured on held-out text of the pretraining corpus, GPTQ calibrated on training text; then LoRA is
+trained on the rounded base for the quickstart's task, GPTQ calibrated on its training rows, and it is measured on the
+task's test rows. Everything finished is kept in ``runs/study``, so that an interrupted study goes on. Writes
+``scripts/results/study_size_vs_bits.json`` and, with ``plot_study.py``, the picture beside it.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+import torch
+from plot_study import plot
+from pretrain_base import read_corpus
+from torch import nn
+from tuned_bases import RESULTS, ROOT, Bases, Json, Losses, Method, bases_of, changed, gap, score, write_result
+
+from qlora_trainer.numerics.integer_weight import GridSpec
+from qlora_trainer.records import LinearLayers
+from qlora_trainer.runtime.atomic import write_text
+from qlora_trainer.stages.compare.quantizing import stored_bytes
+
+RECIPE: Final = "recipes/quickstart.yaml"
+WORK: Final = ROOT / "runs/study"
+TEXT: Final = WORK / "text"
+NAME: Final = "study_size_vs_bits"
+SIZES: Final = (64, 128, 192, 256)
+PIECE: Final = 1200
+"""Characters of a row of text: some 400 tokens."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How a base's matrices are stored; ``method`` None = 16 bit."""
+
+    method: Method | None
+    bits: int
+
+    @property
+    def name(self) -> str:
+        """Such as ``gptq4``."""
+        return "16bit" if self.method is None else f"{self.method}{self.bits}"
+
+    @property
+    def spec(self) -> GridSpec:
+        """The grids."""
+        return GridSpec(self.bits, 64, "none", torch.float16)
+
+
+CELLS: Final = (
+    Cell(None, 16),
+    Cell("rtn", 8),
+    Cell("gptq", 8),
+    Cell("rtn", 4),
+    Cell("gptq", 4),
+    Cell("rtn", 3),
+    Cell("gptq", 3),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="widths, multiples of 64")
+    parser.add_argument("--tokens", type=float, default=8e5, help="pretraining tokens of every size")
+    parser.add_argument("--steps", type=int, default=60, help="fine-tuning steps of 16 rows")
+    parser.add_argument("--seeds", type=int, default=2, help="fine-tunings of each cell")
+    args = parser.parse_args()
+    write_texts(TEXT)
+    found = {}
+    for size in args.sizes:
+        pretrain(size, args.tokens)
+        found[size] = measured(size, steps=args.steps, seeds=args.seeds)
+    settings = {"tokens": args.tokens, "steps": args.steps, "seeds": args.seeds}
+    write_result(f"{NAME}.json", f"python {shlex.join(sys.argv)}", summary(found, settings))
+    plot(RESULTS / f"{NAME}.json")
+
+
+def pretrain(size: int, tokens: float) -> None:
+    """One model of the family, from its last checkpoint where it was interrupted."""
+    folder, work = WORK / f"h{size}", WORK / f"work_h{size}"
+    if (folder / "pretraining.json").exists():
+        return
+    if not (work / "tokenizer").exists():
+        shutil.copytree(ROOT / "recipes/quickstart/base", work / "tokenizer", ignore=_but_tokenizer)
+    shape = {"hidden": size, "ffn": 3 * size, "layers": 4, "batch": 4, "measure-every": 195, "tokens": f"{tokens:g}"}
+    settings = [part for name, value in shape.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, str(ROOT / "scripts/pretrain_base.py"), "--out", str(folder), "--work", str(work)]
+    subprocess.run([*command, *settings], cwd=ROOT, check=True)
+
+
+def _but_tokenizer(_folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith("tokenizer")]
+
+
+def write_texts(folder: Path) -> None:
+    """Pieces of the pretraining corpus as rows: documents that were trained on for calibration, held-out ones to test.
+
+    Every so-manyth piece is taken, so that all parts of the library have a share.
+    """
+    if (folder / "test.jsonl").exists():
+        return
+    corpus = read_corpus()
+    folder.mkdir(parents=True, exist_ok=True)
+    for target, documents, count in (("train", corpus.train, 400), ("test", corpus.held_out, 150)):
+        pieces = [text[start : start + PIECE] for text in documents for start in range(0, len(text) - PIECE, PIECE)]
+        chosen = pieces[:: max(1, len(pieces) // count)][:count]
+        write_text(folder / f"{target}.jsonl", "".join(json.dumps({"text": piece}) + "\n" for piece in chosen))
+
+
+def measured(size: int, *, steps: int, seeds: int) -> Json:
+    """Every cell of one size, on text and on the task."""
+    text = [
+        f"data.train={TEXT / 'train.jsonl'}",
+        f"data.test={TEXT / 'test.jsonl'}",
+        "data.validation=null",
+        "data.format=text",
+        "data.window=512",
+        "data.validation_rows=10",
+        "data.overlong=drop",
+        "evaluation.batch_size=25",
+    ]
+    task = ["data.validation_rows=50", "data.test_rows=250"]
+    model = WORK / f"h{size}"
+    facts = json.loads((model / "pretraining.json").read_text(encoding="utf-8"))
+    found: Json = {"parameters": facts["parameters"], "pretraining": facts["curve"][-1], "cells": {}}
+    with bases_of(changed(RECIPE, [*_changes(size, "text", steps), *text])) as bases:
+        for cell in CELLS:
+            found["cells"][cell.name] = {**_sizes(bases, cell), "text": _before(bases, cell, size)}
+    with bases_of(changed(RECIPE, [*_changes(size, "task", steps), *task])) as bases:
+        for cell in CELLS:
+            row = found["cells"][cell.name]
+            row["task_before"] = _before(bases, cell, size)
+            row["task_after"] = [_after(bases, cell, size, seed, steps) for seed in range(seeds)]
+    return found
+
+
+def _changes(size: int, rows: str, steps: int) -> list[str]:
+    return [
+        f"run.name=study_h{size}_{rows}_{steps}",
+        "run.threads=1",
+        f"base_model.path={WORK / f'h{size}'}",
+        "calibration.rows=48",
+        "evaluation.metrics=[]",
+        f"training.max_steps={steps}",
+        f"training.checkpoint_every_steps={steps}",
+        "training.warmup_steps=5",
+    ]
+
+
+def _sizes(bases: Bases, cell: Cell) -> Json:
+    """Bytes of the whole model, and of the matrices that are rounded."""
+    layers, folder = bases.ground.layers, bases.ground.base.folder
+    plain = LinearLayers(quantized={}, adapted=layers.adapted, ignored=layers.ignored)
+    matrices = 2 * sum(rows * columns for rows, columns in layers.quantized.values())
+    whole = stored_bytes(folder, plain, None)
+    total = whole if cell.method is None else stored_bytes(folder, layers, cell.spec)
+    return {"bits": cell.bits, "method": cell.method, "bytes": total, "matrix_bytes": total - whole + matrices}
+
+
+def _opened(bases: Bases, cell: Cell) -> nn.Module:
+    return bases.sixteen_bit() if cell.method is None else bases.integers(cell.method, cell.spec)
+
+
+def _before(bases: Bases, cell: Cell, size: int) -> Json:
+    file = WORK / f"measured/h{size}-{cell.name}-{bases.ground.bench_key[:12]}.json"
+    if not file.exists():
+        _keep(file, bases.losses(_opened(bases, cell)))
+    found: Json = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _after(bases: Bases, cell: Cell, size: int, seed: int, steps: int) -> Json:
+    file = WORK / f"measured/h{size}-{cell.name}-tuned-{steps}-{seed}.json"
+    if not file.exists():
+        _keep(file, bases.tuned(_opened(bases, cell), cell.name, seed=seed).losses)
+    found: Json = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _keep(file: Path, losses: Losses) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(asdict(losses)))
+    print(f"{file.stem}: {losses.value:.4f} nats per token", flush=True)
+
+
+def summary(found: dict[int, Json], settings: Json) -> Json:
+    """Scores, what each cell adds to its 16-bit model, and the two questions."""
+    sizes = []
+    for size, each in found.items():
+        cells = {name: _cell_summary(cell, each["cells"]["16bit"]) for name, cell in each["cells"].items()}
+        sizes.append({"hidden": size, **{key: each[key] for key in ("parameters", "pretraining")}, "cells": cells})
+    return {**settings, "sizes": sizes, "larger_at_few_bits": _duels(found)}
+
+
+def _losses(cell: Json, rows: str) -> list[Losses]:
+    kept = cell[rows]
+    return [Losses(**each) for each in (kept if isinstance(kept, list) else [kept])]
+
+
+ROWS: Final = ("text", "task_before", "task_after")
+
+
+def _cell_summary(cell: Json, reference: Json) -> Json:
+    made = {key: cell[key] for key in ("bits", "method", "bytes", "matrix_bytes")}
+    for rows in ROWS:
+        own, other = _losses(cell, rows), _losses(reference, rows)
+        made[rows] = {**score(own), "added": gap(own, other)}
+    return made
+
+
+def _duels(found: dict[int, Json]) -> list[Json]:
+    """The larger of two neighbours at 4 (3) bits against the smaller at 8 (4), both by GPTQ; negative = larger wins."""
+    duels = []
+    for small, large in pairwise(sorted(found)):
+        for few, many in (("gptq4", "gptq8"), ("gptq3", "gptq4"), ("gptq4", "16bit")):
+            one, other = found[large]["cells"][few], found[small]["cells"][many]
+            duel = {"larger": f"h{large} {few}", "smaller": f"h{small} {many}"}
+            duel |= {"bytes_ratio": one["bytes"] / other["bytes"]}
+            duel |= {"matrix_bytes_ratio": one["matrix_bytes"] / other["matrix_bytes"]}
+            duels.append(duel | {rows: gap(_losses(one, rows), _losses(other, rows)) for rows in ROWS})
+    return duels
+
+
+if __name__ == "__main__":
+    main()
