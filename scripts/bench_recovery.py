@@ -40,64 +40,67 @@ SPEC: Final = GridSpec(4, 64, "none", torch.float16)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 rows")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of 16 rows")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each base")
-    parser.add_argument("--base", choices=BASES, help=argparse.SUPPRESS)
+    parser.add_argument("--test-rows", type=int, default=200)
+    parser.add_argument("--turn", choices=BASES, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.base is not None:
-        measure(args.base, steps=args.steps, seeds=args.seeds)
+    if args.turn is not None:
+        measure(args.turn, args.seed, steps=args.steps, test_rows=args.test_rows)
         return
-    turns = {base: _turn(base, args.steps, args.seeds) for base in BASES}
-    command = f"python {shlex.join(sys.argv)}"
-    write_result("bench_recovery.json", command, summary(turns, steps=args.steps, seeds=args.seeds))
+    turns = {
+        base: [_turn(base, seed, steps=args.steps, test_rows=args.test_rows) for seed in range(args.seeds)]
+        for base in BASES
+    }
+    write_result("bench_recovery.json", f"python {shlex.join(sys.argv)}", summary(turns, steps=args.steps))
 
 
-def _turn(base: str, steps: int, seeds: int) -> Json:
-    """A base's measurements, read back or made now in a process of its own."""
-    file = _file(base, steps, seeds)
+def _turn(base: str, seed: int, *, steps: int, test_rows: int) -> Json:
+    """One training of a base, read back or made now in a process of its own."""
+    file = _file(base, seed, steps, test_rows)
     if not file.exists():
-        settings = ["--base", base, "--steps", str(steps), "--seeds", str(seeds)]
-        subprocess.run([sys.executable, __file__, *settings], cwd=ROOT, check=True)
+        settings = {"turn": base, "seed": seed, "steps": steps, "test-rows": test_rows}
+        options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, __file__, *options], cwd=ROOT, check=True)
     found: Json = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
-def _file(base: str, steps: int, seeds: int) -> Path:
-    return WORK / f"{base}-{steps}-{seeds}.json"
+def _file(base: str, seed: int, steps: int, test_rows: int) -> Path:
+    return WORK / f"{base}-{steps}-{test_rows}-{seed}.json"
 
 
-def measure(base: str, *, steps: int, seeds: int) -> None:
-    """Everything about one base, into a file."""
+def measure(base: str, seed: int, *, steps: int, test_rows: int) -> None:
+    """One training of a base, into a file."""
     changes = [
         f"run.name=bench_recovery_{base}",
         "run.threads=1",
         f"training.max_steps={steps}",
         f"training.checkpoint_every_steps={steps}",
-        "data.validation_rows=50",
+        "training.warmup_steps=5",
+        "data.validation_rows=20",
+        f"data.test_rows={test_rows}",
         "evaluation.metrics=[]",
         "calibration.rows=48",
     ]
     with bases_of(changed(RECIPE, changes)) as bases:
-        before, tuned = None, []
-        for seed in range(seeds):
-            model, size = opened(bases, base)
-            before = before or bases.losses(model)
-            release_freed()
-            tuned.append(bases.tuned(model, base, seed=seed))
-            print(f"{base} seed {seed}: {before.value:.4f} -> {tuned[-1].losses.value:.4f}", flush=True)
-    assert before is not None, "at least one seed"
-    first = tuned[0].trained
+        model, size = opened(bases, base)
+        before = bases.losses(model)
+        release_freed()
+        tuned = bases.tuned(model, base, seed=seed)
     found = {
         "bytes": size,
         "before": asdict(before),
-        "after": [asdict(each.losses) for each in tuned],
-        "seconds": [each.trained.seconds for each in tuned],
-        "peak_bytes": first.peak_bytes,
-        "trainable_parameters": first.trainable_parameters,
-        "tokens": first.tokens,
+        "after": asdict(tuned.losses),
+        "seconds": tuned.trained.seconds,
+        "peak_bytes": tuned.trained.peak_bytes,
+        "trainable_parameters": tuned.trained.trainable_parameters,
+        "tokens": tuned.trained.tokens,
     }
     WORK.mkdir(parents=True, exist_ok=True)
-    write_text(_file(base, steps, seeds), json.dumps(found))
+    write_text(_file(base, seed, steps, test_rows), json.dumps(found))
+    print(f"{base} seed {seed}: {before.value:.4f} -> {tuned.losses.value:.4f}", flush=True)
 
 
 def opened(bases: Bases, base: str) -> tuple[nn.Module, int]:
@@ -115,29 +118,28 @@ def opened(bases: Bases, base: str) -> tuple[nn.Module, int]:
     return model, round(whole - 2 * matrices + matrices * made.bits_per_parameter / 8)
 
 
-def summary(turns: dict[str, Json], *, steps: int, seeds: int) -> Json:
-    """The table: gaps before and after, with intervals over test rows, and the spread over seeds."""
-    before = {base: Losses(**turn["before"]) for base, turn in turns.items()}
-    after = {base: [Losses(**each) for each in turn["after"]] for base, turn in turns.items()}
-    rows = []
-    for base, turn in turns.items():
-        rows.append(
-            {
-                "base": base,
-                "bytes": turn["bytes"],
-                "before": score([before[base]]),
-                "gap_before": gap([before[base]], [before[REFERENCE]]),
-                "after": score(after[base]),
-                "gap_after": gap(after[base], after[REFERENCE]),
-                "seconds": turn["seconds"],
-                "peak_bytes": turn["peak_bytes"],
-            }
-        )
-    first = turns[REFERENCE]
+def summary(turns: dict[str, list[Json]], *, steps: int) -> Json:
+    """The table: gaps before and after, with intervals over test rows, and by seed."""
+    before = {base: Losses(**turn[0]["before"]) for base, turn in turns.items()}
+    after = {base: [Losses(**each["after"]) for each in turn] for base, turn in turns.items()}
+    rows = [
+        {
+            "base": base,
+            "bytes": turn[0]["bytes"],
+            "before": score([before[base]]),
+            "gap_before": gap([before[base]], [before[REFERENCE]]),
+            "after": score(after[base]),
+            "gap_after": gap(after[base], after[REFERENCE]),
+            "seconds": [each["seconds"] for each in turn],
+            "peak_bytes": [each["peak_bytes"] for each in turn],
+        }
+        for base, turn in turns.items()
+    ]
+    first = turns[REFERENCE][0]
     return {
         "recipe": RECIPE,
         "steps": steps,
-        "seeds": seeds,
+        "seeds": len(turns[REFERENCE]),
         "tokens": first["tokens"],
         "trainable_parameters": first["trainable_parameters"],
         "test_rows": len(before[REFERENCE].nats),

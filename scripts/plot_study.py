@@ -31,16 +31,16 @@ def plot(result: Path) -> Path:
     """Draws a result file's picture beside it."""
     found = json.loads(result.read_text(encoding="utf-8"))
     svg = canvas(SIZE, title="Loss over bytes for models of one family at 16, 8, 4 and 3 bits")
-    colours = {each["hidden"]: COLOURS[index % len(COLOURS)] for index, each in enumerate(found["sizes"])}
+    colours = {each["name"]: COLOURS[index % len(COLOURS)] for index, each in enumerate(found["sizes"])}
     style = Element("style")
-    style.text = STYLE + "".join(_coloured(f"h{size}", colour) for size, colour in colours.items())
+    style.text = STYLE + "".join(_coloured(name, colour) for name, colour in colours.items())
     svg.insert(0, style)
     svg.set("xmlns", "http://www.w3.org/2000/svg")
     for rows, title, left, right in PANELS:
         _panel(svg, found["sizes"], rows, title, (left, right))
     for index, each in enumerate(found["sizes"]):
-        text = f"width {each['hidden']}: {each['parameters'] / 1e6:.2f} M"
-        draw_text(svg, (64 + 150 * index, 16), text=text, css=f"h{each['hidden']} head", anchor="start")
+        text = f"{each['name']}: {each['parameters'] / 1e6:.2f} M"
+        draw_text(svg, (64 + 150 * index, 16), text=text, css=f"{each['name']} head", anchor="start")
     note = "solid: GPTQ, dashed: RTN"
     draw_text(svg, (64 + 150 * len(found["sizes"]), 16), text=note, css="tick", anchor="start")
     target = result.with_suffix(".svg")
@@ -56,7 +56,7 @@ def _coloured(css: str, colour: str) -> str:
 
 
 def _panel(svg: Element, sizes: list[dict[str, Any]], rows: str, title: str, sides: tuple[float, float]) -> None:
-    cells = [cell for size in sizes for cell in size["cells"].values()]
+    cells = [cell for size in sizes for cell in size["cells"].values() if rows in cell]
     values = [cell[rows]["value"] for cell in cells]
     air = 0.06 * (max(values) - min(values)) or 0.01
     bytes_mib = [cell["bytes"] / 2**20 for cell in cells]
@@ -78,9 +78,9 @@ def _panel(svg: Element, sizes: list[dict[str, Any]], rows: str, title: str, sid
 
 
 def _lines(svg: Element, size: dict[str, Any], rows: str, x: LogScale, y: Scale) -> None:
-    css = f"h{size['hidden']}"
+    css = size["name"]
     for method in ("rtn", "gptq"):
-        joined = [cell for cell in size["cells"].values() if cell["method"] in (method, None)]
+        joined = [cell for cell in size["cells"].values() if cell["method"] in (method, None) and rows in cell]
         points = [(x.at(cell["bytes"] / 2**20), y.at(cell[rows]["value"])) for cell in joined]
         draw_line(svg, points, css=f"{css} {method}")
         for cell, point in zip(joined, points, strict=True):
@@ -88,10 +88,10 @@ def _lines(svg: Element, size: dict[str, Any], rows: str, x: LogScale, y: Scale)
             if method == "gptq":
                 ends = [(point[0], y.at(max(low, y.low))), (point[0], y.at(min(high, y.high)))]
                 draw_line(svg, ends, css=f"{css} error")
-            tip = f"width {size['hidden']}, {cell['method'] or '16 bit'} {cell['bits']}: {cell[rows]['value']:.4f}"
+            tip = f"{css}, {cell['method'] or '16 bit'} {cell['bits']}: {cell[rows]['value']:.4f}"
             draw_dot(svg, point, css=css, tip=tip)
             if method == "gptq":
-                draw_text(svg, (point[0], point[1] + 14), text=str(cell["bits"]), css=f"{css}", anchor="middle")
+                draw_text(svg, (point[0], point[1] + 14), text=str(cell["bits"]), css=css, anchor="middle")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ The family: ``pretrain_base.py``'s Llama of four layers at several widths, each 
 quickstart's tokenizer. Each is rounded to 8, 4 and 3 bits in groups of 64, to nearest (RTN) and by GPTQ. Before
 fine-tuning it is measured on held-out text of the pretraining corpus, GPTQ calibrated on training text; then LoRA is
 trained on the rounded base for the quickstart's task, GPTQ calibrated on its training rows, and it is measured on the
-task's test rows. Everything finished is kept in ``runs/study``, so that an interrupted study goes on. Writes
-``scripts/results/study_size_vs_bits.json`` and, with ``plot_study.py``, the picture beside it.
+task's test rows. Beside the family stands the embedded base: width 256, six layers, 10 million tokens; it is not
+fine-tuned here (``bench_recovery.py`` does that). Everything finished is kept in ``runs/study``, so that an
+interrupted study goes on. Writes ``scripts/results/study_size_vs_bits.json`` and, with ``plot_study.py``, the picture
+beside it.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +39,7 @@ from qlora_trainer.stages.compare.quantizing import stored_bytes
 RECIPE: Final = "recipes/quickstart.yaml"
 WORK: Final = ROOT / "runs/study"
 TEXT: Final = WORK / "text"
+EMBEDDED: Final = ROOT / "recipes/quickstart/base"
 NAME: Final = "study_size_vs_bits"
 SIZES: Final = (64, 128, 192, 256)
 PIECE: Final = 1200
@@ -70,19 +74,25 @@ CELLS: Final = (
     Cell("gptq", 3),
 )
 
+TUNED: Final = ("16bit", "gptq8", "rtn4", "gptq4", "gptq3")
+"""Cells that are fine-tuned where nothing else is asked for; the 16-bit one must be among them."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="widths, multiples of 64")
-    parser.add_argument("--tokens", type=float, default=8e5, help="pretraining tokens of every size")
-    parser.add_argument("--steps", type=int, default=60, help="fine-tuning steps of 16 rows")
-    parser.add_argument("--seeds", type=int, default=2, help="fine-tunings of each cell")
+    parser.add_argument("--tokens", type=float, default=5e5, help="pretraining tokens of every size")
+    parser.add_argument("--steps", type=int, default=20, help="fine-tuning steps of 16 rows")
+    parser.add_argument("--seeds", type=int, default=1, help="fine-tunings of each cell")
+    parser.add_argument("--tune", nargs="+", choices=[cell.name for cell in CELLS], default=TUNED, metavar="CELL")
     args = parser.parse_args()
     write_texts(TEXT)
     found = {}
     for size in args.sizes:
+        name = f"h{size}"
         pretrain(size, args.tokens)
-        found[size] = measured(size, steps=args.steps, seeds=args.seeds)
+        found[name] = measured(name, WORK / name, steps=args.steps, seeds=args.seeds, tune=args.tune)
+    found["embedded"] = measured("embedded", EMBEDDED, steps=0, seeds=0, tune=())
     settings = {"tokens": args.tokens, "steps": args.steps, "seeds": args.seeds}
     write_result(f"{NAME}.json", f"python {shlex.join(sys.argv)}", summary(found, settings))
     plot(RESULTS / f"{NAME}.json")
@@ -95,7 +105,7 @@ def pretrain(size: int, tokens: float) -> None:
         return
     if not (work / "tokenizer").exists():
         shutil.copytree(ROOT / "recipes/quickstart/base", work / "tokenizer", ignore=_but_tokenizer)
-    shape = {"hidden": size, "ffn": 3 * size, "layers": 4, "batch": 4, "measure-every": 195, "tokens": f"{tokens:g}"}
+    shape = {"hidden": size, "ffn": 3 * size, "layers": 4, "batch": 4, "measure-every": 122, "tokens": f"{tokens:g}"}
     settings = [part for name, value in shape.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, str(ROOT / "scripts/pretrain_base.py"), "--out", str(folder), "--work", str(work)]
     subprocess.run([*command, *settings], cwd=ROOT, check=True)
@@ -114,14 +124,14 @@ def write_texts(folder: Path) -> None:
         return
     corpus = read_corpus()
     folder.mkdir(parents=True, exist_ok=True)
-    for target, documents, count in (("train", corpus.train, 400), ("test", corpus.held_out, 150)):
+    for target, documents, count in (("train", corpus.train, 200), ("test", corpus.held_out, 80)):
         pieces = [text[start : start + PIECE] for text in documents for start in range(0, len(text) - PIECE, PIECE)]
         chosen = pieces[:: max(1, len(pieces) // count)][:count]
         write_text(folder / f"{target}.jsonl", "".join(json.dumps({"text": piece}) + "\n" for piece in chosen))
 
 
-def measured(size: int, *, steps: int, seeds: int) -> Json:
-    """Every cell of one size, on text and on the task."""
+def measured(name: str, model: Path, *, steps: int, seeds: int, tune: Sequence[str]) -> Json:
+    """Every cell of one model, on text and on the task."""
     text = [
         f"data.train={TEXT / 'train.jsonl'}",
         f"data.test={TEXT / 'test.jsonl'}",
@@ -132,30 +142,30 @@ def measured(size: int, *, steps: int, seeds: int) -> Json:
         "data.overlong=drop",
         "evaluation.batch_size=25",
     ]
-    task = ["data.validation_rows=50", "data.test_rows=250"]
-    model = WORK / f"h{size}"
+    task = ["data.validation_rows=20", "data.test_rows=200"]
     facts = json.loads((model / "pretraining.json").read_text(encoding="utf-8"))
     found: Json = {"parameters": facts["parameters"], "pretraining": facts["curve"][-1], "cells": {}}
-    with bases_of(changed(RECIPE, [*_changes(size, "text", steps), *text])) as bases:
+    with bases_of(changed(RECIPE, [*_changes(name, model, "text", steps), *text])) as bases:
         for cell in CELLS:
-            found["cells"][cell.name] = {**_sizes(bases, cell), "text": _before(bases, cell, size)}
-    with bases_of(changed(RECIPE, [*_changes(size, "task", steps), *task])) as bases:
+            found["cells"][cell.name] = {**_sizes(bases, cell), "text": _before(bases, cell, name)}
+    with bases_of(changed(RECIPE, [*_changes(name, model, "task", steps), *task])) as bases:
         for cell in CELLS:
             row = found["cells"][cell.name]
-            row["task_before"] = _before(bases, cell, size)
-            row["task_after"] = [_after(bases, cell, size, seed, steps) for seed in range(seeds)]
+            row["task_before"] = _before(bases, cell, name)
+            if seeds and (cell.name in tune or cell.method is None):
+                row["task_after"] = [_after(bases, cell, name, seed, steps) for seed in range(seeds)]
     return found
 
 
-def _changes(size: int, rows: str, steps: int) -> list[str]:
+def _changes(name: str, model: Path, rows: str, steps: int) -> list[str]:
     return [
-        f"run.name=study_h{size}_{rows}_{steps}",
+        f"run.name=study_{name}_{rows}_{steps}",
         "run.threads=1",
-        f"base_model.path={WORK / f'h{size}'}",
-        "calibration.rows=48",
+        f"base_model.path={model}",
+        "calibration.rows=32",
         "evaluation.metrics=[]",
-        f"training.max_steps={steps}",
-        f"training.checkpoint_every_steps={steps}",
+        f"training.max_steps={max(1, steps)}",
+        f"training.checkpoint_every_steps={max(1, steps)}",
         "training.warmup_steps=5",
     ]
 
@@ -174,20 +184,25 @@ def _opened(bases: Bases, cell: Cell) -> nn.Module:
     return bases.sixteen_bit() if cell.method is None else bases.integers(cell.method, cell.spec)
 
 
-def _before(bases: Bases, cell: Cell, size: int) -> Json:
-    file = WORK / f"measured/h{size}-{cell.name}-{bases.ground.bench_key[:12]}.json"
+def _before(bases: Bases, cell: Cell, name: str) -> Json:
+    file = WORK / f"measured/{name}-{cell.name}-{_content(bases)}.json"
     if not file.exists():
         _keep(file, bases.losses(_opened(bases, cell)))
     found: Json = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
-def _after(bases: Bases, cell: Cell, size: int, seed: int, steps: int) -> Json:
-    file = WORK / f"measured/h{size}-{cell.name}-tuned-{steps}-{seed}.json"
+def _after(bases: Bases, cell: Cell, name: str, seed: int, steps: int) -> Json:
+    file = WORK / f"measured/{name}-{cell.name}-{_content(bases)}-tuned-{steps}-{seed}.json"
     if not file.exists():
         _keep(file, bases.tuned(_opened(bases, cell), cell.name, seed=seed).losses)
     found: Json = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def _content(bases: Bases) -> str:
+    """Of the model and of the rows it is measured on, so that nothing of an earlier study is taken for this one's."""
+    return f"{bases.ground.content_key[:8]}-{bases.ground.bench_key[:8]}"
 
 
 def _keep(file: Path, losses: Losses) -> None:
@@ -196,12 +211,12 @@ def _keep(file: Path, losses: Losses) -> None:
     print(f"{file.stem}: {losses.value:.4f} nats per token", flush=True)
 
 
-def summary(found: dict[int, Json], settings: Json) -> Json:
+def summary(found: dict[str, Json], settings: Json) -> Json:
     """Scores, what each cell adds to its 16-bit model, and the two questions."""
     sizes = []
-    for size, each in found.items():
+    for model, each in found.items():
         cells = {name: _cell_summary(cell, each["cells"]["16bit"]) for name, cell in each["cells"].items()}
-        sizes.append({"hidden": size, **{key: each[key] for key in ("parameters", "pretraining")}, "cells": cells})
+        sizes.append({"name": model, **{key: each[key] for key in ("parameters", "pretraining")}, "cells": cells})
     return {**settings, "sizes": sizes, "larger_at_few_bits": _duels(found)}
 
 
@@ -215,22 +230,24 @@ ROWS: Final = ("text", "task_before", "task_after")
 
 def _cell_summary(cell: Json, reference: Json) -> Json:
     made = {key: cell[key] for key in ("bits", "method", "bytes", "matrix_bytes")}
-    for rows in ROWS:
+    for rows in (rows for rows in ROWS if rows in cell):
         own, other = _losses(cell, rows), _losses(reference, rows)
         made[rows] = {**score(own), "added": gap(own, other)}
     return made
 
 
-def _duels(found: dict[int, Json]) -> list[Json]:
+def _duels(found: dict[str, Json]) -> list[Json]:
     """The larger of two neighbours at 4 (3) bits against the smaller at 8 (4), both by GPTQ; negative = larger wins."""
     duels = []
-    for small, large in pairwise(sorted(found)):
+    family = sorted((name for name in found if name != "embedded"), key=lambda name: found[name]["parameters"])
+    for small, large in pairwise(family):
         for few, many in (("gptq4", "gptq8"), ("gptq3", "gptq4"), ("gptq4", "16bit")):
             one, other = found[large]["cells"][few], found[small]["cells"][many]
-            duel = {"larger": f"h{large} {few}", "smaller": f"h{small} {many}"}
+            duel = {"larger": f"{large} {few}", "smaller": f"{small} {many}"}
             duel |= {"bytes_ratio": one["bytes"] / other["bytes"]}
             duel |= {"matrix_bytes_ratio": one["matrix_bytes"] / other["matrix_bytes"]}
-            duels.append(duel | {rows: gap(_losses(one, rows), _losses(other, rows)) for rows in ROWS})
+            both = [rows for rows in ROWS if rows in one and rows in other]
+            duels.append(duel | {rows: gap(_losses(one, rows), _losses(other, rows)) for rows in both})
     return duels
 
 

@@ -101,7 +101,7 @@ def cells(scripts: dict[str, ModuleType], loss: float, parameters: int) -> dict[
 def test_the_larger_model_at_few_bits_wins_where_its_loss_is_lower(
     scripts: dict[str, ModuleType], tmp_path: Path
 ) -> None:
-    sizes = {64: cells(scripts, 3.0, 2**20), 128: cells(scripts, 2.0, 2**21)}
+    sizes = {"h64": cells(scripts, 3.0, 2**20), "h128": cells(scripts, 2.0, 2**21)}
     found = scripts["study_size_vs_bits"].summary(sizes, {"tokens": 1.0})
     first = found["larger_at_few_bits"][0]
     assert (first["larger"], first["smaller"], first["bytes_ratio"]) == ("h128 gptq4", "h64 gptq8", 1.0)
@@ -111,3 +111,15 @@ def test_the_larger_model_at_few_bits_wins_where_its_loss_is_lower(
     dots = [node for node in drawn.iter() if node.tag.endswith("circle")]
     # Two panels, two sizes, 16 bit once for each of the two methods' lines.
     assert len(dots) == 2 * 2 * (len(scripts["study_size_vs_bits"].CELLS) + 1)
+
+
+def test_the_gap_after_is_to_the_16_bit_base_that_was_tuned_alike(scripts: dict[str, ModuleType]) -> None:
+    def turn(before: float, after: float) -> dict[str, Any]:
+        rows = {"before": {"nats": [before] * 3, "labels": [1] * 3}, "after": {"nats": [after] * 3, "labels": [1] * 3}}
+        return {**rows, "bytes": 1, "seconds": 1.0, "peak_bytes": 1, "trainable_parameters": 1, "tokens": 1}
+
+    turns = {"16bit": [turn(3.0, 0.5), turn(3.0, 0.75)], "nf4": [turn(3.5, 0.75), turn(3.5, 0.75)]}
+    reference, nf4 = scripts["bench_recovery"].summary(turns, steps=1)["rows"]
+    assert (reference["gap_before"]["value"], reference["gap_after"]["value"]) == (0.0, 0.0)
+    assert (nf4["gap_before"]["value"], nf4["gap_after"]["value"]) == (0.5, 0.125)
+    assert nf4["gap_after"]["by_seed"] == [0.25, 0.0]
