@@ -236,7 +236,10 @@ def resume_table() -> str:
         ("while a checkpoint was written", result["kills_while_writing_a_checkpoint"]),
         ("checkpoints broken by a kill", result["broken_checkpoints_after_kills"]),
         ("checkpoints damaged on purpose", f"{damaged}; starts that went on from an earlier one: {earlier}"),
-        ("steps lost by a kill", f"{lost['p50']} in the median, {lost['max']} at most; a checkpoint every {every} steps"),
+        (
+            "steps lost by a kill",
+            f"{lost['p50']} in the median, {lost['max']} at most; a checkpoint every {every} steps",
+        ),
         ("runs carried to their end", result["runs"]),
         ("runs that ended with other bits or metrics", len(result["divergent_runs"])),
     )
