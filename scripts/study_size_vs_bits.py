@@ -74,7 +74,7 @@ CELLS: Final = (
     Cell("gptq", 3),
 )
 
-TUNED: Final = ("16bit", "gptq8", "rtn4", "gptq4", "gptq3")
+TUNED: Final = ("16bit", "gptq8", "gptq4", "gptq3")
 """Cells that are fine-tuned where nothing else is asked for; the 16-bit one must be among them."""
 
 
@@ -131,7 +131,7 @@ def write_texts(folder: Path) -> None:
 
 
 def measured(name: str, model: Path, *, steps: int, seeds: int, tune: Sequence[str]) -> Json:
-    """Every cell of one model, on text and on the task."""
+    """Every cell of one model, on text and, where it is fine-tuned, on the task."""
     text = [
         f"data.train={TEXT / 'train.jsonl'}",
         f"data.test={TEXT / 'test.jsonl'}",
@@ -148,11 +148,13 @@ def measured(name: str, model: Path, *, steps: int, seeds: int, tune: Sequence[s
     with bases_of(changed(RECIPE, [*_changes(name, model, "text", steps), *text])) as bases:
         for cell in CELLS:
             found["cells"][cell.name] = {**_sizes(bases, cell), "text": _before(bases, cell, name)}
+    if not seeds:
+        return found
     with bases_of(changed(RECIPE, [*_changes(name, model, "task", steps), *task])) as bases:
         for cell in CELLS:
-            row = found["cells"][cell.name]
-            row["task_before"] = _before(bases, cell, name)
-            if seeds and (cell.name in tune or cell.method is None):
+            if cell.name in tune or cell.method is None:
+                row = found["cells"][cell.name]
+                row["task_before"] = _before(bases, cell, name)
                 row["task_after"] = [_after(bases, cell, name, seed, steps) for seed in range(seeds)]
     return found
 
