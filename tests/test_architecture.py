@@ -63,7 +63,7 @@ DOORS = {
     "jinja2": {"data.chat_template", "stages.report"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "huggingface_hub": {"stages.base_model"},
+    "huggingface_hub": {"stages.base_model", "runtime.hub"},
     "safetensors": {"runtime.weight_files", "runtime.checkpoint", "formats.peft_adapter"},
     "sacrebleu": {"data.scoring"},
     "rouge_score": {"data.scoring"},

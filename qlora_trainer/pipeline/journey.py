@@ -280,6 +280,8 @@ class Journey:
                 example=tuple(dataset.render_example(rows.tokenizer, rows.train[0])),
             ),
         )
+        base = report.base_facts(self.recipe, self.ground.base.folder)
+        report.write_cards(self.recipe, made, base, adapter=trained.folder)
         if self.ledger.did_work:
             self._track(made, trained)
         return made

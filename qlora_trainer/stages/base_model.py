@@ -13,7 +13,7 @@ from qlora_trainer.recipe import BaseModelSource
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.runtime.weight_headers import read_headers, weight_files
 
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.py")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.py", "README.md")
 
 
 def resolve(source: BaseModelSource, *, trust_remote_code: bool = False) -> BaseCheckpoint:
