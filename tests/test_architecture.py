@@ -65,6 +65,7 @@ DOORS = {
     "rich": {"cli"},
     "huggingface_hub": {"stages.base_model", "runtime.hub"},
     "safetensors": {"runtime.weight_files", "runtime.checkpoint", "formats.peft_adapter"},
+    "lm_eval": {"stages.tasks"},
     "sacrebleu": {"data.scoring"},
     "rouge_score": {"data.scoring"},
     "vllm": {"runners.vllm"},

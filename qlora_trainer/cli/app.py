@@ -17,6 +17,7 @@ from qlora_trainer import __version__
 from qlora_trainer.cli.guard import guarded
 from qlora_trainer.cli.push_verb import PUSH_HELP, PUSH_SHORT_HELP, push
 from qlora_trainer.cli.screen import make_console, prepare_output, tell_error, write
+from qlora_trainer.cli.tasks_verb import with_tasks
 from qlora_trainer.cli.verbs import (
     APP_HELP,
     CHECK_HELP,
@@ -71,7 +72,10 @@ def make_app() -> typer.Typer:
     app.callback()(_options)
     app.command("check", help=CHECK_HELP, short_help=CHECK_SHORT_HELP)(_check)
     for verb in VERBS:
-        app.command(verb.name, help=verb.help, short_help=verb.does)(_stage_command(verb))
+        command = _stage_command(verb)
+        if verb.name == "evaluate":
+            command = with_tasks(command)
+        app.command(verb.name, help=verb.help, short_help=verb.does)(command)
     app.command("push", help=PUSH_HELP, short_help=PUSH_SHORT_HELP)(push)
     app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(_recipes)
     return app

@@ -10,6 +10,7 @@ from qlora_trainer.pipeline.climbing import Climbing
 from qlora_trainer.pipeline.ground import Ground, prepare
 from qlora_trainer.pipeline.ledger import Ledger
 from qlora_trainer.pipeline.measuring import Measured, MeasuredExport, Measuring, ValidationReferences
+from qlora_trainer.pipeline.task_file import read_rows
 from qlora_trainer.preflight import predict_peak_bytes
 from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
@@ -279,6 +280,7 @@ class Journey:
                 audit=dataset.audit_lines(rows.audit),
                 example=tuple(dataset.render_example(rows.tokenizer, rows.train[0])),
             ),
+            tasks=read_rows(self.folder.tasks_json),
         )
         base = report.base_facts(self.recipe, self.ground.base.folder)
         report.write_cards(self.recipe, made, base, adapter=trained.folder)

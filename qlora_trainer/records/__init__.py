@@ -16,6 +16,7 @@ from qlora_trainer.records.report import (
     StageFigures,
     TrainingFigures,
 )
+from qlora_trainer.records.tasks import TaskEvaluation, TaskRow, TaskScore
 
 __all__ = [
     "Attempt",
@@ -36,6 +37,9 @@ __all__ = [
     "Sample",
     "Score",
     "StageFigures",
+    "TaskEvaluation",
+    "TaskRow",
+    "TaskScore",
     "TrainedAdapter",
     "TrainingFigures",
 ]

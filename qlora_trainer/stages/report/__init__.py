@@ -3,7 +3,7 @@
 from qlora_trainer.stages.report.card import CARD_FILE, CardSubject, base_facts, render_card, write_cards
 from qlora_trainer.stages.report.figures import compose
 from qlora_trainer.stages.report.inputs import Circumstances, Measurements, Notes
-from qlora_trainer.stages.report.stage import RowsInBrief, make
+from qlora_trainer.stages.report.stage import RowsInBrief, make, resampling_of
 from qlora_trainer.stages.report.tables import Cell, Column, Table, gap_table
 from qlora_trainer.stages.report.writing import write
 
@@ -22,6 +22,7 @@ __all__ = [
     "gap_table",
     "make",
     "render_card",
+    "resampling_of",
     "write",
     "write_cards",
 ]

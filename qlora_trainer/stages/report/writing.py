@@ -11,6 +11,7 @@ from qlora_trainer.stages.report.plot import stages_plot, training_plot
 from qlora_trainer.stages.report.render_html import render_html
 from qlora_trainer.stages.report.render_json import render_json
 from qlora_trainer.stages.report.render_markdown import render_markdown
+from qlora_trainer.stages.report.tasks import tasks_markdown
 
 
 def write(folder: Path, report: RunReport, *, measurements: Measurements, notes: Notes) -> None:
@@ -33,7 +34,7 @@ def write(folder: Path, report: RunReport, *, measurements: Measurements, notes:
         survived_svg=survived_map(report.exports),
     )
     write_text(folder / "report.json", _writable(render_json(report)))
-    write_text(folder / "report.md", _writable(render_markdown(page)))
+    write_text(folder / "report.md", _writable(render_markdown(page) + tasks_markdown(report)))
     write_text(folder / "report.html", _writable(html))
 
 
