@@ -20,13 +20,7 @@ DATA_FILE = re.compile(r"^(\s*[\w-]+:\s*)([\w./-]+\.(?:jsonl?|csv|parquet|txt))(
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Of every file in a folder of tasks: another text or another item is another task.
-
-    Raises:
-        DataError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise DataError(f"--task-folder: there is no folder {folder}. Give one that holds the tasks' YAML files")
+    """Of every file in a folder of tasks: another text or another item is another task."""
     return fingerprint(sha256_of_files(folder))
 
 
@@ -35,7 +29,12 @@ def with_found_data(folder: Path) -> Iterator[Path]:
     """A copy of a folder of tasks for the harness to read, in which data files are named by their whole path.
 
     The harness looks for them where the program was started, while their authors mean: beside the task file.
+
+    Raises:
+        DataError: there is no such folder.
     """
+    if not folder.is_dir():
+        raise DataError(f"--task-folder: there is no folder {folder}. Give one that holds the tasks' YAML files")
     with TemporaryDirectory(prefix="tasks-") as place:
         copied = Path(place) / folder.name
         shutil.copytree(folder, copied)
