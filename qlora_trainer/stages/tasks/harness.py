@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 from torch import nn
 
@@ -87,13 +88,14 @@ def run_task(
     asked = HarnessModel(model, tokenizer, batch_size=plan.batch_size, window=plan.window)
     try:
         with _quiet():
-            found = lm_eval.simple_evaluate(
-                model=asked,
-                tasks=[name],
-                task_manager=library._manager,
+            # Not simple_evaluate, which describes the whole machine after every task: seconds each time.
+            found = lm_eval.evaluate(
+                lm=asked,
+                task_dict=_loaded(name, library),
                 limit=plan.limit,
                 bootstrap_iters=RESAMPLES,
                 apply_chat_template=plan.is_chat,
+                fewshot_as_multiturn=plan.is_chat,
             )
     except DataError as error:
         raise DataError(f"task {name}: {error}") from error
@@ -117,6 +119,16 @@ def run_task(
         harness=HARNESS_VERSION,
         content=subject.content,
     )
+
+
+def _loaded(name: str, library: Library) -> Any:
+    """The task with its data, its solved examples drawn with the harness's own seed."""
+    loaded = library._manager.load([name])
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
 
 
 def _scores(name: str, found: Mapping[str, Any]) -> Iterator[TaskScore]:
