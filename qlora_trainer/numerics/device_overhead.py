@@ -23,9 +23,8 @@ CUDA_SEGMENT_BYTES = 2 * MIB
 CUDA_RESERVED_SHARE = 0.05
 """Share of what a step allocates that lies in segments too small for the next tensor. An allowance, not measured."""
 CPU_HEAP_LAYERS: Mapping[Checkpointing, float] = {"none": 0.0, "selective": 1.0, "full": 2.0}
-"""Freed memory that the C library keeps, in layers at work. Layers that are computed again leave their pieces between
-those of layers that wait. Fitted to the peaks of ``scripts/bench_memory.py``; see ``runtime.memory`` for what was tried
-against it."""
+"""Freed memory that the C library keeps, in layers at work. Fitted to the peaks of the cases that
+``scripts/bench_memory.py`` lists as such, not derived; see ``runtime.memory`` for what was tried against it."""
 
 KEPT_BY_ALLOCATOR = "freed, kept by the allocator"
 OUTSIDE_ALLOCATOR = ("libraries", "CUDA context", KEPT_BY_ALLOCATOR)
