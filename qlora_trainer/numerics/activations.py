@@ -30,6 +30,9 @@ def kept_by_layer(shape: ModelShape, load: TrainingLoad) -> dict[str, int]:
     }
     if shape.has_head_norms:
         kept["norms of heads"] = size * (queries + keys) + 4 * (shape.heads + shape.kv_heads)
+    if load.data_type == "int8" and (load.has_dropout or size != 4):
+        # On the context of bitsandbytes' product, where no hook of autograd sees it; in float32 adapters share it.
+        kept["inputs of int8 layers"] = size * _shared_width(shape, tuple(shape.linears))
     return kept | _extras(load, adapted)
 
 
@@ -112,8 +115,12 @@ def _adapter_inputs(shape: ModelShape, load: TrainingLoad) -> int:
     adapted, size = load.adapted(shape), _adapter_bytes(load)
     if load.has_dropout or size != load.compute_bytes:
         return size * sum(columns for _, columns in adapted.values())
-    readers = {group: width for group, width in shape.inputs.items() if any(name in adapted for name in group)}
-    return size * sum(readers.values())
+    return size * _shared_width(shape, tuple(adapted))
+
+
+def _shared_width(shape: ModelShape, names: tuple[str, ...]) -> int:
+    """Values per token of the distinct tensors that the named layers read."""
+    return sum(width for group, width in shape.inputs.items() if any(name in names for name in group))
 
 
 def _extras(load: TrainingLoad, adapted: dict[str, tuple[int, int]]) -> dict[str, int]:

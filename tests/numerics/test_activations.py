@@ -101,7 +101,9 @@ def test_what_goes_its_own_way_keeps_what_was_predicted(
         use_dora="use_dora" in lora,
     )
     beside = tokens * (size * SMALL.hidden + 4) + tokens * size * SMALL.hidden
-    assert kept == pytest.approx(activations.kept(SMALL, load) + beside, rel=0.15)
+    # The inputs that bitsandbytes keeps on its product's context no hook sees; the first layer's need no gradient.
+    unseen = tokens * SMALL.layers * activations.kept_by_layer(SMALL, load).get("inputs of int8 layers", 0)
+    assert kept == pytest.approx(activations.kept(SMALL, load) + beside - unseen, rel=0.15)
 
 
 def test_layers_that_share_an_input_keep_it_once() -> None:
