@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from qlora_trainer.records.cuts import ChosenCut
 from qlora_trainer.records.files import Attempt
 from qlora_trainer.records.measurements import Interval
 from qlora_trainer.records.tasks import TaskRow
@@ -9,7 +10,10 @@ from qlora_trainer.records.tasks import TaskRow
 
 @dataclass(frozen=True)
 class TrainingFigures:
-    """Training, as report.json tells it; names as in ``TrainedAdapter``."""
+    """Training, as report.json tells it; names as in ``TrainedAdapter``.
+
+    ``chosen`` tells what was tried out and chosen where the recipe says ``auto``; else it is None.
+    """
 
     steps: int
     tokens: int
@@ -21,6 +25,7 @@ class TrainingFigures:
     final_nats_per_token: float
     seconds: float
     trainable_parameters: int
+    chosen: ChosenCut | None = None
 
 
 @dataclass(frozen=True)
