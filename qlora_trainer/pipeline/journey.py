@@ -77,7 +77,7 @@ class Journey:
         self.recipe, self.ground, self.folder, self.observer = recipe, ground, folder, observer
         self.trust_remote_code = trust_remote_code
         self.ledger = Ledger(folder, observer)
-        self.telling = Telling(recipe, folder)
+        self.telling = Telling(recipe, folder, ground)
         self.measuring = Measuring(recipe, ground, folder=folder, ledger=self.ledger)
 
     def travel(self, until: Until) -> RunReport | None:
@@ -291,7 +291,7 @@ class Journey:
             ),
         )
         if self.ledger.did_work:
-            self.telling.report(made, trained)
+            self.telling.report(made, trained, measurements.evaluations)
         return made
 
     # Measurements.

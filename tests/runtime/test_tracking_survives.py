@@ -20,6 +20,7 @@ import logging, os, signal, sys, time
 from pathlib import Path
 import psutil
 from qlora_trainer.runtime import tracking
+from qlora_trainer.runtime.tracked_run import TrackingPlan
 
 def is_service(child):
     try:
@@ -32,7 +33,7 @@ def services():
 
 def wait_for_service():
     for _ in range(400):
-        if services() and told._messenger._waiting.empty():
+        if services() and told._messengers[0]._waiting.empty():
             return services()[0]
         time.sleep(0.05)
     sys.exit("wandb did not start")
@@ -40,7 +41,7 @@ def wait_for_service():
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 mode, folder, begin, end = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 folder.mkdir(parents=True, exist_ok=True)
-told = tracking.Tracker(folder, wandb_mode=mode, project="project", tags=(), config={})
+told = tracking.Tracker(folder, TrackingPlan(wandb=mode, project="project", upload_seconds=60.0))
 told.resume_from(begin)
 slowest = 0.0
 for step in range(begin + 1, end + 1):
@@ -63,13 +64,14 @@ for step in range(end + 1, end + 200):
 SERVICE_HANGS = """
 service = wait_for_service()
 service.suspend()
-tracking.FINISH_SECONDS = 1.0
+told._plan, tracking.FINISH_SECONDS = TrackingPlan(upload_seconds=0.0), 1.0
 blob = "x" * 10_000
 began = time.monotonic()
 for step in range(end + 1, end + 2000):
     told.log({"train/note": blob}, step)
 slowest = time.monotonic() - began
 """
+HURRIED = "told._plan, tracking.FINISH_SECONDS = TrackingPlan(upload_seconds=0.0), 2.0"
 SERVICE_HAS_NO_DISK = """
 import resource
 service = wait_for_service()
@@ -151,7 +153,14 @@ def test_the_last_part_of_a_killed_offline_run_holds_the_whole_history(server: S
 def test_a_server_that_cannot_be_reached_costs_no_step_and_a_bounded_end(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     # Port 9 (discard) is closed here; the run ends long before wandb gives up to reach it.
-    done = train("online", folder, 0, 50, then="tracking.FINISH_SECONDS = 2.0", url="http://127.0.0.1:9")
+    done = train(
+        "online",
+        folder,
+        0,
+        50,
+        then=HURRIED,
+        url="http://127.0.0.1:9",
+    )
     _, slowest, _, finish = done.stdout.split()
     assert float(slowest) < 1
     assert float(finish) < 10
