@@ -8,6 +8,7 @@ from qlora_trainer.recipe.compare import Compare
 from qlora_trainer.recipe.data import Data
 from qlora_trainer.recipe.files import Calibration, Export, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, Lora, Quantization
+from qlora_trainer.recipe.secrets import WHAT_TO_DO, secrets_in
 from qlora_trainer.recipe.section import Count, PositiveInt, Section
 from qlora_trainer.recipe.task import EvaluationPlan, Training
 from qlora_trainer.recipe.watchdog import Watchdog
@@ -94,6 +95,14 @@ class Recipe(Section):
     compare: Compare = Compare()
     tracking: Tracking = Tracking()
     expected: Expected | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, given: object) -> object:
+        found = [".".join(map(str, path)) for path in secrets_in(given)]
+        if found:
+            raise ValueError(f"{', '.join(found)} {WHAT_TO_DO}")
+        return given
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
