@@ -10,7 +10,7 @@ SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}"  # Hugging Face
     r"|\bwandb_v\d_\w{20,}|\blocal-[0-9a-f]{40}\b"  # Weights & Biases
     r"|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{20,}"  # GitHub
-    r"|\bsk-[\w-]{20,}"  # OpenAI, Anthropic
+    r"|\bsk-(?:ant-|proj-)?\w{20,}"  # OpenAI, Anthropic
     r"|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}"  # Amazon, Google
     r"|://[^/\s:@]+:[^/\s@]+@"  # a password in an address
 )

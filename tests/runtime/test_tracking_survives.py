@@ -20,7 +20,7 @@ import logging, os, signal, sys, time
 from pathlib import Path
 import psutil
 from qlora_trainer.runtime import tracking
-from qlora_trainer.runtime.tracked_run import TrackingPlan
+from qlora_trainer.runtime.tracked_run import Artifact, TrackingPlan
 
 def is_service(child):
     try:
@@ -185,3 +185,47 @@ def test_training_goes_on_whatever_becomes_of_wandbs_process(
     if then == SERVICE_HANGS:
         assert float(done.stdout.split()[1]) < 20
         assert "no answer within 1 seconds" in done.stderr
+
+
+LINEAGE = """
+for digest in DIGESTS:
+    told.artifact(Artifact("base", "model", {"sha256": "b"}, reference="https://hub/owner/model", is_input=True))
+    adapter = folder / f"adapter-{digest}"
+    adapter.mkdir(exist_ok=True)
+    (adapter / "weights").write_text(digest)
+    told.artifact(Artifact("run-adapter", "model", {"made_from": {"base": {"sha256": "b"}}}, adapter))
+"""
+
+
+def test_inputs_and_outputs_are_versions_and_the_same_content_is_the_same_version(
+    server: Server, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train("online", folder, 0, 2, then=LINEAGE.replace("DIGESTS", "('1', '2')"), url=server.url)
+    train("online", folder, 2, 3, then=LINEAGE.replace("DIGESTS", "('2',)"), url=server.url)
+    (run_id,) = server.runs
+    base, first, second = server.versions
+    assert [each.name for each in server.versions] == ["base", "run-adapter", "run-adapter"]
+    # Used, and not made here: the graph of lineage goes from the base through the run to the adapter.
+    assert (base.made_by, set(base.used_by), base.metadata) == (None, {run_id}, {"sha256": "b"})
+    assert [each.made_by for each in (first, second)] == [run_id, run_id]
+    assert {"identity.json", "model"} <= base.manifest["contents"].keys()
+    assert first.manifest["contents"].keys() == {"identity.json", "weights"}
+    assert first.digest != second.digest
+    assert [each.used_by for each in (first, second)] == [[], []]
+    assert [each.state for each in server.versions] == ["COMMITTED"] * 3
+
+
+def test_an_offline_run_is_synced_with_its_artifacts(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train("offline", folder, 0, 3, then=LINEAGE.replace("DIGESTS", "('1',)"), url=server.url)
+    (part,) = folder.glob("wandb/offline-run-*")
+    environment = {**os.environ, "HOME": str(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY}
+    command = [sys.executable, "-m", "wandb", "sync", str(part)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
+    ((_, run),) = server.runs.items()
+    assert [row["step"] for row in run.history] == [1, 2, 3]
+    assert [(each.name, each.state) for each in server.versions] == [
+        ("base", "COMMITTED"),
+        ("run-adapter", "COMMITTED"),
+    ]

@@ -37,15 +37,16 @@ class Version:
         digest: of its manifest.
         metadata: as the client gave it.
         manifest: what it holds, as uploaded.
-        made_by: id of the run that logged it.
+        made_by: id of the run that logged it; None where it was only used.
         used_by: ids of the runs that it was an input of.
+        state: ``COMMITTED`` once it is whole.
     """
 
     name: str
     kind: str
     digest: str
     metadata: dict[str, Any]
-    made_by: str
+    made_by: str | None
     manifest: dict[str, Any] = field(default_factory=dict)
     used_by: list[str] = field(default_factory=list)
     state: str = "PENDING"
@@ -97,7 +98,7 @@ def create_artifact(server: Server, given: dict[str, Any]) -> dict[str, Any]:
     known = [each for each in server.versions if (each.name, each.digest) == (name, digest)]
     if not known:
         metadata = json.loads(given.get("metadata") or "{}")
-        server.versions.append(Version(name, given["artifactTypeName"], digest, metadata, given["runName"]))
+        server.versions.append(Version(name, given["artifactTypeName"], digest, metadata, given.get("runName")))
     version = (known or server.versions)[-1]
     number = server.versions.index(version)
     sequence = {"id": f"S{name}", "latestArtifact": None}
