@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qlora_trainer.recipe import (
         BaseModelSource,
         Calibration,
+        Compare,
         Data,
         EvaluationPlan,
         Export,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         Run,
         Tracking,
         Training,
+        Watchdog,
     )
     from qlora_trainer.recipe_file import dump as dump_recipe
     from qlora_trainer.recipe_file import load as load_recipe
@@ -50,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BaseModelSource",
     "Calibration",
+    "Compare",
     "Data",
     "EvaluationPlan",
     "Export",
@@ -67,6 +70,7 @@ __all__ = [
     "TrainerError",
     "Training",
     "Voice",
+    "Watchdog",
     "check",
     "dump_recipe",
     "load_recipe",

@@ -225,12 +225,35 @@ def _verified(export: dict[str, Any] | None) -> str:
     return "" if export is None else "yes" if export["verified"] else "NO"
 
 
+def resume_table() -> str:
+    """The soak: kills, what they cost, and whether any run ended otherwise."""
+    result = json.loads((RESULTS / "bench_resume.json").read_text(encoding="utf-8"))
+    lost, damaged = result["steps_lost"], sum(result["checkpoints_damaged_on_purpose"].values())
+    earlier = result["resumes_from_an_earlier_checkpoint"]
+    every = result["checkpoint_every_steps"]
+    rows = (
+        ("kills (-9)", f"{result['kills']}, up to {result['most_kills_of_a_run']} of one run"),
+        ("while a checkpoint was written", result["kills_while_writing_a_checkpoint"]),
+        ("checkpoints broken by a kill", result["broken_checkpoints_after_kills"]),
+        ("checkpoints damaged on purpose", f"{damaged}; starts that went on from an earlier one: {earlier}"),
+        (
+            "steps lost by a kill",
+            f"{lost['p50']} in the median, {lost['max']} at most; a checkpoint every {every} steps",
+        ),
+        ("runs carried to their end", result["runs"]),
+        ("runs that ended with other bits or metrics", len(result["divergent_runs"])),
+    )
+    lines = ["| soak on the quickstart's model and rows | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_table,
     "bench_step": step_table,
     "bench_export": export_table,
     "bench_export_peers": peers_table,
     "bench_streaming": streaming_table,
+    "bench_resume": resume_table,
     "footprint": footprint_table,
     "bench_memory": memory_table,
 }

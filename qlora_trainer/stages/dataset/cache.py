@@ -34,7 +34,7 @@ from qlora_trainer.stages.dataset.template import template_source
 logger = logging.getLogger(__name__)
 
 # Raised whenever equal settings give other rows or other files, so that older caches are not mistaken for them.
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
