@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -41,7 +42,7 @@ def wait_for_service():
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 mode, folder, begin, end = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 folder.mkdir(parents=True, exist_ok=True)
-told = tracking.Tracker(folder, TrackingPlan(wandb=mode, project="project", upload_seconds=60.0))
+told = tracking.Tracker(folder, TrackingPlan(wandb=mode, project="project", run_id=os.environ.get("WANDB_RUN_ID")))
 told.resume_from(begin)
 slowest = 0.0
 for step in range(begin + 1, end + 1):
@@ -89,15 +90,26 @@ def server() -> Iterator[Server]:
 
 
 def train(
-    mode: str, folder: Path, begin: int, end: int, *, then: str = "", url: str, code: int = 0, timeout: float = 120
+    mode: str,
+    folder: Path,
+    begin: int,
+    end: int,
+    *,
+    then: str = "",
+    url: str,
+    code: int = 0,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
-    """A process that tells of steps behind ``begin`` up to ``end``; ``then`` happens before it finishes."""
+    """A process that tells of steps behind ``begin`` up to ``end``; ``then`` happens before it finishes.
+
+    ``more`` are variables of its environment.
+    """
     home = str(folder.parent)
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environment |= dict.fromkeys(("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"), home)
-    environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": API_KEY}
+    environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": API_KEY, **more}
     command = [sys.executable, "-c", TRAINING, mode, str(folder), str(begin), str(end), then]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, env=environment)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -229,3 +241,16 @@ def test_an_offline_run_is_synced_with_its_artifacts(server: Server, tmp_path: P
         ("base", "COMMITTED"),
         ("run-adapter", "COMMITTED"),
     ]
+
+
+def test_a_trial_of_a_sweep_is_the_run_that_the_agent_chose(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    parameters = tmp_path / "config.yaml"
+    parameters.write_text("training.learning_rate: {value: 0.001}\n")
+    # As wandb's agent sets them for every trial; the run's id is also what `sweep` puts into the recipe.
+    agent = {"WANDB_SWEEP_ID": "abc123", "WANDB_RUN_ID": "trial1", "WANDB_SWEEP_PARAM_PATH": str(parameters)}
+    train("online", folder, 0, 2, url=server.url, more=agent)
+    (run_id,) = server.runs
+    assert run_id == "trial1" == (folder / "wandb_run_id.txt").read_text().strip()
+    assert server.runs["trial1"].sweep == "abc123"
+    assert [row["step"] for row in server.runs["trial1"].history] == [1, 2]

@@ -21,10 +21,12 @@ class Told:
     Attributes:
         history: its rows, each placed at the line number that the client gave.
         starts: times that a client has begun or resumed it.
+        sweep: that it is a trial of.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     starts: int = 0
+    sweep: str | None = None
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Server:
         if name == "UpsertBucket":
             run = self.runs.setdefault(variables["name"], Told())
             run.starts += variables.get("displayName") is not None
+            run.sweep = variables.get("sweep") or run.sweep
             return {"upsertBucket": {"bucket": bucket(variables["name"], run), "inserted": run.starts == 1}}
         if name in ARTIFACT_QUERIES:
             return ARTIFACT_QUERIES[name](self, variables.get("input") or variables)
