@@ -198,7 +198,7 @@ def _inputs(recipe: Recipe, rows: tuple[EncodedRow, ...], folder: Path) -> Train
         recipe_key="memory",
         predicted_peak_bytes=0,
         validate=lambda model: evaluate.held_out_nats(model, [_short_answer(rows[0])], batch_size=1, pad_id=0),
-        tracker=Tracker(folder, wandb_mode="off", project="", tags=(), config={}),
+        tracker=Tracker(folder),
         observer=Silent(),
     )
 

@@ -66,6 +66,8 @@ DOORS = {
     "bitsandbytes": {"runtime.bnb"},
     "peft": {"stages.adapt", "formats.peft_adapter"},
     "wandb": {"runtime.wandb_run"},
+    "tensorboard": {"runtime.tensorboard_run"},
+    "trackio": {"runtime.trackio_run"},
     "yaml": {"recipe_file", "runtime.run_folder"},
     "compressed_tensors": {"formats.compressed_tensors"},
     "gguf": {"formats.gguf"},

@@ -21,6 +21,7 @@ from qlora_trainer.cli.options import AsJson, Overrides, Quiet, RecipePath, Trus
 from qlora_trainer.cli.push_verb import PUSH_HELP, PUSH_SHORT_HELP, push
 from qlora_trainer.cli.recipes_verb import RECIPES_HELP, RECIPES_SHORT_HELP, recipes
 from qlora_trainer.cli.screen import make_console, prepare_output, write
+from qlora_trainer.cli.sweeping import SWEEP_HELP, SWEEP_SHORT_HELP, overrides_of, verb_until
 from qlora_trainer.cli.talk_verbs import add_talk_verbs
 from qlora_trainer.cli.tasks_verb import with_tasks
 from qlora_trainer.cli.verbs import (
@@ -78,6 +79,7 @@ def make_app() -> typer.Typer:
         if verb.name == "evaluate":
             command = with_tasks(command)
         app.command(verb.name, help=verb.help, short_help=verb.does)(command)
+    app.command("sweep", help=SWEEP_HELP, short_help=SWEEP_SHORT_HELP)(_sweep)
     app.command("compare", help=compare.HELP, short_help=compare.SHORT_HELP)(_compare)
     app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(recipes)
     app.command("new", help=NEW_HELP, short_help=NEW_SHORT_HELP)(new)
@@ -113,6 +115,24 @@ def _stage_command(verb: Verb) -> Callable[..., None]:
             _carry_out(verb, recipe, overrides, trust_remote_code=trust_remote_code, voice=voice)
 
     return command
+
+
+def _sweep(
+    recipe: RecipePath,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Settings as JSON: ${args_json}.", show_default=False)],
+    overrides: Overrides,
+    *,
+    until: Annotated[str, typer.Option("--until", metavar="STAGE", help="The last stage.")] = "evaluate",
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    from qlora_trainer.cli.voices import choose_voice  # noqa: PLC0415
+
+    voice = choose_voice(quiet=quiet, as_json=as_json)
+    with guarded(voice.failed):
+        verb, settings = verb_until(until), overrides_of(recipe, trial, overrides)
+        _carry_out(verb, recipe, settings, trust_remote_code=trust_remote_code, voice=voice)
 
 
 def _compare(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: TrustRemoteCode = False) -> None:

@@ -78,7 +78,7 @@ class Journey:
         self.recipe, self.ground, self.folder, self.observer = recipe, ground, folder, observer
         self.trust_remote_code = trust_remote_code
         self.ledger = Ledger(folder, observer)
-        self.telling = Telling(recipe, folder)
+        self.telling = Telling(recipe, folder, ground)
         self.measuring = Measuring(recipe, ground, folder=folder, ledger=self.ledger)
 
     def travel(self, until: Until) -> RunReport | None:
@@ -295,7 +295,7 @@ class Journey:
         base = report.base_facts(self.recipe, self.ground.base.folder)
         report.write_cards(self.recipe, made, base, adapter=trained.folder)
         if self.ledger.did_work:
-            self.telling.report(made, trained)
+            self.telling.report(made, trained, measurements.evaluations)
         return made
 
     # Measurements.
