@@ -7,6 +7,7 @@
     ├── RunFolderError        choose another run folder, or make room on the disk
     ├── MissingPackageError   install an extra
     ├── TrainingError         change training settings or rows
+    ├── HubError              log in to the hub, or name another repository
     ├── VerificationError     do not use the file that was written
     └── Interrupted           run the same command again to go on
 
@@ -38,6 +39,12 @@ class RunFolderError(TrainerError):
 
 class MissingPackageError(TrainerError):
     """The recipe asks for something that needs an optional package."""
+
+
+class HubError(TrainerError):
+    """The hub does not take what is sent: no login, no right to write, or no connection."""
+
+    exit_code = 3
 
 
 class TrainingError(TrainerError):

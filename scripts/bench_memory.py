@@ -108,6 +108,13 @@ CASES: Final[dict[str, Json]] = {
     "Gemma 3": {"model": WIDE | {"model_type": "gemma3_text", "head_dim": 128}},
     "Phi-3": {"model": WIDE | {"model_type": "phi3", "pad_token_id": 0}},
 }
+FITTED: Final = (
+    *("none", "selective", "full", "wide, full", "vocabulary 128,256, untied", "rank 128, adamw, full"),
+    *("1 row of 2,048", "int8", "float32", "q and v alone"),
+)
+"""Cases whose peaks constants of the prediction were fitted to, or whose errors led to a term: of
+``numerics.device_overhead`` the libraries and the heap, of ``numerics.activations`` int8 and the work space of
+attention. All others are held out: nothing was changed for them."""
 
 
 def recipe_of(case: Json, folder: Path) -> Recipe:
@@ -191,7 +198,7 @@ def _inputs(recipe: Recipe, rows: tuple[EncodedRow, ...], folder: Path) -> Train
         recipe_key="memory",
         predicted_peak_bytes=0,
         validate=lambda model: evaluate.held_out_nats(model, [_short_answer(rows[0])], batch_size=1, pad_id=0),
-        tracker=Tracker(folder, wandb_mode="off", project="", tags=(), config={}),
+        tracker=Tracker(folder),
         observer=Silent(),
     )
 
@@ -225,7 +232,7 @@ def refit(place: Path) -> None:
         total = need.allocated if found["device"] == "cuda" else need.total
         found |= {"predicted_bytes": total, "error": total / found["measured_bytes"] - 1, "items": need.items}
         print(line(name, found))
-    result["largest_error"] = max(abs(found["error"]) for found in result["cases"].values())
+    result |= errors(result["cases"])
     place.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -249,6 +256,17 @@ def circumstances(threads: int) -> Json:
         "threads": threads,
         "measure": "CUDA allocator" if torch.cuda.is_available() else "resident set of the process",
         "common": {"model": MODEL, "training": TRAINING, "steps": STEPS},
+    }
+
+
+def errors(cases: Json) -> dict[str, float]:
+    """The largest error of all cases, and of those that nothing was fitted to; says of each which it is."""
+    for name, found in cases.items():
+        found["is_held_out"] = name not in FITTED
+    held_out = [abs(found["error"]) for found in cases.values() if found["is_held_out"]]
+    return {
+        "largest_error": max(abs(found["error"]) for found in cases.values()),
+        "largest_error_held_out": max(held_out, default=0.0),
     }
 
 
@@ -279,13 +297,13 @@ def main() -> None:
     kept = json.loads(args.out.read_text())["cases"] if args.only and args.out.is_file() else {}
     print(f"{'case':30}{'predicted':>12}{'measured':>12}{'error':>9}   (MiB)")
     for name in args.only or CASES:
-        kept[name] = run_case(name, args.threads)
+        measured = circumstances(args.threads)
+        kept[name] = run_case(name, args.threads) | {key: measured[key] for key in ("commit", "date")}
         print(line(name, kept[name]), flush=True)
         cases = {each: kept[each] for each in CASES if each in kept}
-        largest = max(abs(found["error"]) for found in cases.values())
-        result = circumstances(args.threads) | {"largest_error": largest, "cases": cases}
+        result = circumstances(args.threads) | errors(cases) | {"cases": cases}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"largest error {largest:.1%}, of {len(cases)} cases; promised: {TOLERANCE:.0%}")
+    print(f"{', '.join(f'{key} {value:.1%}' for key, value in errors(cases).items())}; promised: {TOLERANCE:.0%}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
     def on_step_end(self, *_: object, **__: object) -> None:
         """Stops the clocks."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds, cpu_seconds = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
         self.steps.append({"seconds": seconds, "cpu_seconds": cpu_seconds})
 
@@ -88,7 +90,7 @@ def make_trainer(folder: Path, job: dict[str, Any], *, gradient_checkpointing: b
             disable_tqdm=True,
             seed=job["seed"],
             # Asked for by transformers before it takes bfloat16 on a processor; bfloat16 itself is TRL's default.
-            use_cpu=True,
+            use_cpu=job["device"] == "cpu",
         ),
         train_dataset=Dataset.from_dict({"input_ids": job["token_ids"], "labels": job["labels"]}),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
@@ -98,6 +100,17 @@ def make_trainer(folder: Path, job: dict[str, Any], *, gradient_checkpointing: b
     )
     trainer.batches = []
     return trainer
+
+
+def _peak_bytes() -> int | None:
+    """Largest memory: torch's on a GPU, else resident.
+
+    Not ru_maxrss: that one also holds what the parent process had before this program was loaded.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else None
 
 
 def main() -> None:
@@ -117,12 +130,10 @@ def main() -> None:
         if "loss" in entry
     ]
     steps = zip(stopwatch.steps, trainer.batches, logged, strict=True)
-    # Not ru_maxrss: that one also holds what the parent process had before this program was loaded.
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     result = {
         "threads": torch.get_num_threads(),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "peak_bytes": int(peak[1]) * 1024 if peak else None,
+        "peak_bytes": _peak_bytes(),
         "steps": [times | batch | log for times, batch, log in steps],
     }
     args.result.write_text(json.dumps(result))

@@ -4,12 +4,13 @@ Both sides train the same Llama with random weights on the same rows of gsm8k, o
 They take turns, and each turn is a process of its own: ours in ``bench_step_turn.py``, on each rung of its ladder, the
 peer's in ``bench_peer.py``, with and without gradient checkpointing.
 
-    python scripts/bench_step.py          # needs: pip install -e '.[bench]'
+    python scripts/bench_step.py                  # needs: pip install -e '.[bench]'
+    python scripts/bench_step.py --device cuda    # a 7B shape on the first GPU; peaks are those of torch's allocator
 
-Prints a table and writes ``scripts/results/bench_step.json``. Every batch has one row that fills the window, or nearly,
-and others as they come: all steps multiply matrices of about one size, and padding has its usual share. The peer pads a
-batch to its longest row. A comparison of different work is refused: every turn must see the same tokens and find the
-same losses and gradient norms, within ``TOLERANCES``.
+Prints a table and writes ``scripts/results/bench_step.json`` (``bench_step_cuda.json``). Every batch has one row that
+fills the window, or nearly, and others as they come: all steps multiply matrices of about one size, and padding has its
+usual share. The peer pads a batch to its longest row. A comparison of different work is refused: every turn must see
+the same tokens and find the same losses and gradient norms, within ``TOLERANCES``.
 """
 
 import argparse
@@ -48,7 +49,10 @@ TURNS: Final = {
     **{rung: [*OURS, "--rung", rung] for rung in RUNGS},
 }
 """Command of each turn, less its folder and result. The peers come first: the others are compared with them."""
-RESULT: Final = ROOT / "scripts/results/bench_step.json"
+RESULTS: Final = {
+    "cpu": ROOT / "scripts/results/bench_step.json",
+    "cuda": ROOT / "scripts/results/bench_step_cuda.json",
+}
 WARM_UP_STEPS: Final = 1
 TOLERANCES: Final = {"nats_before_training": 1e-3, "nats_while_training": 5e-3, "gradient_norm": 0.01}
 """By how much a turn may differ from the peer's in a step: nats per label token, and a share of the norm.
@@ -69,6 +73,14 @@ SHAPE: Final = {
     "num_key_value_heads": 3,
     "intermediate_size": 1536,
     "vocab_size": 49_152,
+}
+CUDA_SHAPE: Final = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11_008,
+    "vocab_size": 32_000,
 }
 QUICK_SHAPE: Final = {
     "hidden_size": 64,
@@ -100,7 +112,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> Json:
     """Writes what both sides read, ``model/`` (bfloat16, random weights, tokenizer) and ``job.json``; gives the job."""
     library_logging.disable_progress_bar()
     torch.manual_seed(JOB["seed"])
-    config = LlamaConfig(**(QUICK_SHAPE if args.quick else SHAPE), tie_word_embeddings=True)
+    config = LlamaConfig(**shape_of(args), tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "model")
     copy_companions(args.tokenizer, folder / "model")
     tokenizer = TextTokenizer.load(args.tokenizer)
@@ -109,9 +121,16 @@ def prepare(folder: Path, args: argparse.Namespace) -> Json:
     )
     rows = choose_rows(encode_chat(examples, tokenizer), steps=WARM_UP_STEPS + args.steps)
     tokens = {"token_ids": [row.token_ids for row in rows], "labels": [row.labels for row in rows]}
-    job = JOB | {"pad_id": tokenizer.pad_id} | tokens
+    job = JOB | {"pad_id": tokenizer.pad_id, "device": args.device} | tokens
     (folder / "job.json").write_text(json.dumps(job))
     return job
+
+
+def shape_of(args: argparse.Namespace) -> dict[str, int]:
+    """Sizes of the model that is trained."""
+    if args.quick:
+        return QUICK_SHAPE
+    return CUDA_SHAPE if args.device == "cuda" else SHAPE
 
 
 def choose_rows(rows: list[EncodedRow], *, steps: int) -> list[EncodedRow]:
@@ -122,11 +141,13 @@ def choose_rows(rows: list[EncodedRow], *, steps: int) -> list[EncodedRow]:
     return [row for n in range(steps) for row in (fitting[n], *others[n * per_batch : (n + 1) * per_batch])]
 
 
-def take_turn(name: str, folder: Path, *, threads: int) -> Json:
+def take_turn(name: str, folder: Path, args: argparse.Namespace) -> Json:
     """One run of one turn in a process of its own."""
     result = folder / f"{name}.json"
     command = [*TURNS[name][:2], str(folder), str(result), *TURNS[name][2:]]
-    settings = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    settings = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    if args.device == "cpu":
+        settings["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -202,7 +223,7 @@ def measure(folder: Path, args: argparse.Namespace) -> Json:
     turns: dict[str, list[Json]] = {name: [] for name in TURNS}
     for _ in range(args.rounds):
         for name, taken in turns.items():
-            turn = take_turn(name, folder, threads=args.threads)
+            turn = take_turn(name, folder, args)
             print(f"{name}: {[round(step['seconds'], 2) for step in turn['steps']]} s", flush=True)
             taken.append(turn)
             if name in RUNGS:
@@ -226,7 +247,8 @@ def circumstances(job: Json, args: argparse.Namespace) -> Json:
         "threads": args.threads,
         "load_average_before": os.getloadavg()[0],
         "repeats": {"rounds": args.rounds, "warm_up_steps": WARM_UP_STEPS, "steps": args.steps},
-        "shape": QUICK_SHAPE if args.quick else SHAPE,
+        "device": args.device,
+        "shape": shape_of(args),
         "job": JOB | {"row_tokens": lengths},
         "peer": PEER,
         "does": {
@@ -259,17 +281,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=1, help="times that every turn is taken")
     parser.add_argument("--steps", type=int, default=3, help="measured steps in a turn")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="default: the committed result of that device")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script; needs --out")
     args = parser.parse_args()
-    if args.quick and args.out == RESULT:
+    if args.quick and args.out is None:
         parser.error("--quick measures a tiny model: give another file than the committed result with --out")
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("the peer needs trl: pip install -c constraints.txt -e '.[bench]'")
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(Path(folder), args)
         result = circumstances(job, args) | measure(Path(folder), args)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    out = args.out or RESULTS[args.device]
+    out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 

@@ -28,7 +28,7 @@ from qlora_trainer.recipe import Lora, Quantization
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.runners.causal_lm import Checkpointing, LossPath, find_loss_path, set_checkpointing
 from qlora_trainer.runtime import bnb
-from qlora_trainer.runtime.device import World
+from qlora_trainer.runtime.device import World, choose_device, peak_allocated_bytes, reset_peak_allocated
 from qlora_trainer.runtime.memory import PeakMemory
 from qlora_trainer.stages.adapt import adapt, choose_layers, insertion
 from qlora_trainer.stages.quantize import quantize
@@ -90,7 +90,9 @@ RUNGS: Final = {
 def run(folder: Path, rung: Rung) -> Json:
     """Trains on the prepared rows, one step a batch."""
     job = json.loads((folder / "job.json").read_text())
-    rate = matrix_rate()
+    device = choose_device()
+    rate = matrix_rate(device)
+    reset_peak_allocated(device)
     with PeakMemory() as memory:
         model = adapted_model(folder, job, rung)
         set_checkpointing(model, rung.checkpointing)
@@ -99,21 +101,29 @@ def run(folder: Path, rung: Rung) -> Json:
     return {
         "threads": torch.get_num_threads(),
         "trainable_parameters": trainable,
-        "peak_bytes": memory.peak_bytes(),
-        "matrix_flops_per_second": max(rate, matrix_rate()),
+        "peak_bytes": peak_allocated_bytes(device) or memory.peak_bytes(),
+        "matrix_flops_per_second": max(rate, matrix_rate(device)),
         "steps": steps,
     }
 
 
-def matrix_rate(size: int = 2048, repeats: int = 5) -> float:
+def matrix_rate(device: torch.device, repeats: int = 5) -> float:
     """Floating-point operations a second of square bfloat16 matrix products, the median of ``repeats``."""
-    one, other = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
+    size = 2048 if device.type == "cpu" else 8192
+    one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     seconds = []
     for _ in range(repeats + 1):
-        began = time.perf_counter()
+        began = settled_time(device)
         torch.mm(one, other)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(settled_time(device) - began)
     return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def settled_time(device: torch.device) -> float:
+    """Seconds of the clock, once the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def matrix_flops(model: nn.Module, batch: Batch, lengths: list[int]) -> int:
@@ -166,12 +176,12 @@ def train(model: nn.Module, job: Json, rung: Rung) -> list[Json]:
         betas=(0.9, 0.999),
         weight_decay=0.0,
     )
-    path = loss_path(model, rung)
+    path, device = loss_path(model, rung), next(model.parameters()).device
     attention = document_attention.causal_attention if rung.has_own_attention else _torchs_attention
     steps = []
     for start in range(0, len(rows), job["micro_batch_size"]):
         indexes = range(start, start + job["micro_batch_size"])
-        began = time.perf_counter(), time.process_time()
+        began = settled_time(device), time.process_time()
         batch = collate_packed(rows, indexes) if rung.is_packed else collate(rows, indexes, job["pad_id"])
         with patch.object(document_attention, "causal_attention", attention):
             result = optimizer_step(
@@ -183,7 +193,7 @@ def train(model: nn.Module, job: Json, rung: Rung) -> list[Json]:
                 world=World.current(),
                 name_rows=str,
             )
-        seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
+        seconds, cpu_seconds = settled_time(device) - began[0], time.process_time() - began[1]
         lengths = [len(rows[index].token_ids) for index in indexes]
         steps.append(
             {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.finished import FinishedRun, carry_out
 from tests.models import tiny_llama
 
 # Before any import of huggingface_hub, which reads it once: a test that reaches for the network fails at once.
@@ -45,3 +46,9 @@ def shared_folder() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"needs the models and data of {folder}, which is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A small run that was carried out to its report; tests that change it copy it first."""
+    return carry_out(llama_folder, tmp_path_factory.mktemp("finished-run"))

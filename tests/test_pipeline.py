@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from qlora_trainer import pipeline
 from qlora_trainer.errors import DataError, Interrupted, RecipeError, RunFolderError
+from qlora_trainer.pipeline.ground import prepare
+from qlora_trainer.pipeline.ledger import Ledger
+from qlora_trainer.pipeline.measuring import Measuring
 from qlora_trainer.recipe import Recipe
-from qlora_trainer.records import RunReport
-from qlora_trainer.runtime.progress import TrainingProgress, WorkProgress
+from qlora_trainer.records import Cut, RunReport
+from qlora_trainer.runtime.progress import Silent, TrainingProgress, WorkProgress
+from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages import export as export_stage
 
 LINEARS = (
@@ -129,6 +136,55 @@ def test_training_wins_and_faithful_files_keep_it(finished: tuple[Path, Recipe, 
         assert kept[exact] == pytest.approx(1.0, abs=0.01)
     # Rounding to four bits loses something here, but far from everything.
     assert 0.3 < (kept["compressed_tensors_w4a16_g32"] or 0) < 1.05
+
+
+def test_auto_is_tried_out_evaluated_and_told_of(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated = []
+    original = Measuring.longest_batches
+
+    def counted(self: Measuring, model: nn.Module) -> None:
+        original(self, model)
+        evaluated.append(max(len(row.prompt_ids) for row in self.ground.rows.validation))
+
+    monkeypatch.setattr(Measuring, "longest_batches", counted)
+    auto = {
+        "micro_batch_size": "auto",
+        "gradient_accumulation_steps": None,
+        "rows_per_step": 4,
+        "checkpointing": "auto",
+        "max_steps": 4,
+    }
+    recipe = recipe_for(llama_folder, tmp_path, training=auto, export={"formats": ("peft_adapter",)})
+    report = pipeline.run(recipe)
+    assert report is not None
+    assert len(evaluated) == 1
+    chosen = report.training.chosen
+    assert chosen is not None
+    assert chosen.trials[0].cut == Cut(4, "none")
+    assert chosen.cut in [trial.cut for trial in chosen.trials]
+    folder = tmp_path / "runs" / "tiny"
+    written = json.loads((folder / "report.json").read_text())["training"]
+    assert written["chosen"]["cut"]["micro_batch_size"] == chosen.cut.micro_batch_size
+    assert written["predicted_peak_bytes"] in [trial.predicted_bytes for trial in chosen.trials]
+    assert str(chosen.cut) in (folder / "report.md").read_text()
+
+
+def test_the_evaluation_that_is_tried_out_is_the_longest_of_the_run(llama_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(llama_folder, tmp_path, evaluation={"batch_size": 2, "max_new_tokens": 30})
+    ground = prepare(recipe, trust_remote_code=False)
+    folder = RunFolder(tmp_path / "runs" / "tiny")
+    measuring = Measuring(recipe, ground, folder=folder, ledger=Ledger(folder, Silent()))
+    seen: list[tuple[int, ...]] = []
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    measuring.longest_batches(model)
+    rows = sorted(ground.rows.validation, key=lambda row: len(row.token_ids))[-2:]
+    scored, generated = seen
+    assert scored == (2, len(rows[-1].token_ids))
+    # One token is generated behind prompts that are as long as they will be at the end.
+    assert generated == (2, max(len(row.prompt_ids) for row in rows) + 30)
 
 
 def test_a_second_run_repeats_nothing(finished: tuple[Path, Recipe, RunReport]) -> None:

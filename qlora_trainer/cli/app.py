@@ -17,9 +17,13 @@ from qlora_trainer import __version__
 from qlora_trainer.cli import compare
 from qlora_trainer.cli.guard import guarded
 from qlora_trainer.cli.new_verb import NEW_HELP, NEW_SHORT_HELP, new
+from qlora_trainer.cli.options import AsJson, Overrides, Quiet, RecipePath, TrustRemoteCode
+from qlora_trainer.cli.push_verb import PUSH_HELP, PUSH_SHORT_HELP, push
 from qlora_trainer.cli.recipes_verb import RECIPES_HELP, RECIPES_SHORT_HELP, recipes
 from qlora_trainer.cli.screen import make_console, prepare_output, write
+from qlora_trainer.cli.sweeping import SWEEP_HELP, SWEEP_SHORT_HELP, overrides_of, verb_until
 from qlora_trainer.cli.talk_verbs import add_talk_verbs
+from qlora_trainer.cli.tasks_verb import with_tasks
 from qlora_trainer.cli.verbs import (
     APP_HELP,
     CHECK_HELP,
@@ -42,17 +46,6 @@ BELOW_BAR = 4
 ENDINGS = {"failed": UNVERIFIED, "below_bar": BELOW_BAR}
 """Exit code by the report's status; 0 for any other."""
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        help="Change a setting of the recipe; may be repeated.",
-        default_factory=list,
-        show_default=False,
-    ),
-]
 PlannedMemory = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="Plan for so much memory, such as 24GiB; absent = what is free."),
@@ -60,16 +53,6 @@ PlannedMemory = Annotated[
 PlannedDevice = Annotated[
     Literal["cpu", "cuda"] | None,
     typer.Option("--device", help="Plan for a processor or for a GPU; absent = for what is here."),
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model. Read it first.")
-]
-
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print errors and warnings, and where the report lies; nothing else.")
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object a line, for programs; `events` lists what they hold.")
 ]
 
 
@@ -92,11 +75,16 @@ def make_app() -> typer.Typer:
     app.callback()(_options)
     app.command("check", help=CHECK_HELP, short_help=CHECK_SHORT_HELP)(_check)
     for verb in VERBS:
-        app.command(verb.name, help=verb.help, short_help=verb.does)(_stage_command(verb))
+        command = _stage_command(verb)
+        if verb.name == "evaluate":
+            command = with_tasks(command)
+        app.command(verb.name, help=verb.help, short_help=verb.does)(command)
+    app.command("sweep", help=SWEEP_HELP, short_help=SWEEP_SHORT_HELP)(_sweep)
     app.command("compare", help=compare.HELP, short_help=compare.SHORT_HELP)(_compare)
     app.command("recipes", help=RECIPES_HELP, short_help=RECIPES_SHORT_HELP)(recipes)
     app.command("new", help=NEW_HELP, short_help=NEW_SHORT_HELP)(new)
     add_talk_verbs(app)
+    app.command("push", help=PUSH_HELP, short_help=PUSH_SHORT_HELP)(push)
     app.command("events", help=EVENTS_HELP, short_help=EVENTS_SHORT_HELP)(_events)
     return app
 
@@ -127,6 +115,24 @@ def _stage_command(verb: Verb) -> Callable[..., None]:
             _carry_out(verb, recipe, overrides, trust_remote_code=trust_remote_code, voice=voice)
 
     return command
+
+
+def _sweep(
+    recipe: RecipePath,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Settings as JSON: ${args_json}.", show_default=False)],
+    overrides: Overrides,
+    *,
+    until: Annotated[str, typer.Option("--until", metavar="STAGE", help="The last stage.")] = "evaluate",
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    from qlora_trainer.cli.voices import choose_voice  # noqa: PLC0415
+
+    voice = choose_voice(quiet=quiet, as_json=as_json)
+    with guarded(voice.failed):
+        verb, settings = verb_until(until), overrides_of(recipe, trial, overrides)
+        _carry_out(verb, recipe, settings, trust_remote_code=trust_remote_code, voice=voice)
 
 
 def _compare(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: TrustRemoteCode = False) -> None:

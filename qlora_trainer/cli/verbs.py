@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_trainer.cli.format_help import FORMATS_HELP
+from qlora_trainer.cli.tasks_verb import TASKS_HELP
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ VERBS = (
         until="evaluate",
         does="Measure base, quantized base and trained model.",
         text="On the test rows: nats per label token, and the task metrics of evaluation.metrics by greedy generation, "
-        "each with a bootstrap interval; the same rows for every model. Does first what is still to be done before it.",
+        "each with a bootstrap interval; the same rows for every model. Does first what is still to be done before it."
+        f"\n\n{TASKS_HELP}",
         following="merge",
     ),
     Verb(

@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows, padding not counted where rows are packed."""
+        """Tokens that the passes work on: those of all rows, and the padding where rows stand side by side."""
         return self.token_ids.numel()
 
     @property
@@ -52,13 +52,18 @@ class BatchPlan:
         micro_batch_size: rows in one forward and backward pass; packed: as many tokens as so many of the longest rows.
         gradient_accumulation_steps: micro-batches in one optimizer step; packed: at most so many.
         seed: of the order.
-        is_packed: rows stand one behind the other, without padding.
+        longest_row: tokens of the longest row of the split, where rows are packed; None = padded.
     """
 
     micro_batch_size: int
     gradient_accumulation_steps: int
     seed: int
-    is_packed: bool = False
+    longest_row: int | None = None
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that a packed micro-batch has room for; None = padded."""
+        return None if self.longest_row is None else self.micro_batch_size * self.longest_row
 
     @property
     def batch_size(self) -> int:
@@ -121,7 +126,7 @@ def training_micro_batches(
 
     Args:
         step: number of the optimizer step, from 0.
-        lengths: tokens of each training row.
+        lengths: tokens of each training row; only those of the step's rows are read.
         plan: sizes and seed.
         share: ``(number, count)``: of ``count`` processes that share the step, this one's micro-batches alone.
     """
@@ -132,9 +137,9 @@ def training_micro_batches(
         for position in range(begin, begin + plan.batch_size)
     ]
     mine = _longest_first(rows, lengths)[share[0] :: share[1]]
-    if plan.is_packed:
-        return pack_best_fit(mine, lengths, capacity=plan.micro_batch_size * max(lengths))
-    return _cut(mine, plan.micro_batch_size)
+    if plan.capacity is None:
+        return _cut(mine, plan.micro_batch_size)
+    return pack_best_fit(mine, lengths, capacity=plan.capacity)
 
 
 def pack_best_fit(rows: Sequence[int], lengths: Sequence[int], *, capacity: int) -> list[list[int]]:

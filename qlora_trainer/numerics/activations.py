@@ -25,17 +25,30 @@ def kept_by_layer(shape: ModelShape, load: TrainingLoad) -> dict[str, int]:
         # Queries, keys and values as they enter attention, its output, and a float32 normaliser for each head.
         "attention": size * (2 * queries + 2 * keys) + 4 * shape.heads,
         "gated product": size * 2 * shape.ffn,
-        "adapter inputs": size * _adapter_input_width(shape, adapted),
-        "x A^T of adapters": size * load.rank * len(adapted),
+        "adapter inputs": _adapter_inputs(shape, load),
+        "x A^T of adapters": _adapter_bytes(load) * load.rank * len(adapted),
     }
     if shape.has_head_norms:
         kept["norms of heads"] = size * (queries + keys) + 4 * (shape.heads + shape.kv_heads)
-    return kept | _extras(shape, load)
+    if load.data_type == "int8" and (load.has_dropout or size != 4):
+        # On the context of bitsandbytes' product, where no hook of autograd sees it; in float32 adapters share it.
+        kept["inputs of int8 layers"] = size * _shared_width(shape, tuple(shape.linears))
+    return kept | _extras(load, adapted)
+
+
+def kept_weights_of_layer(shape: ModelShape, load: TrainingLoad) -> int:
+    """Bytes of dequantized weights that one decoder layer keeps, however many tokens there are.
+
+    DoRA behind dropout multiplies the dropped input by the weights once more, and autograd keeps them, in float32.
+    """
+    if not (load.use_dora and load.has_dropout):
+        return 0
+    return 4 * sum(rows * columns for rows, columns in load.adapted(shape).values())
 
 
 def kept(shape: ModelShape, load: TrainingLoad) -> int:
     """Bytes that the decoder layers keep for the backward pass at its beginning, under the load's policy."""
-    layer = load.tokens * sum(kept_by_layer(shape, load).values())
+    layer = _kept_of_layer(shape, load)
     only_input = load.tokens * shape.hidden * load.compute_bytes
     repeated = {"none": 0, "selective": (shape.layers + 1) // 2, "full": shape.layers}[load.checkpointing]
     return repeated * only_input + (shape.layers - repeated) * layer
@@ -52,7 +65,7 @@ def of_layer_at_work(shape: ModelShape, load: TrainingLoad) -> int:
     gradients = attention + load.tokens * load.compute_bytes * (4 * shape.ffn + 2 * shape.hidden)
     if load.checkpointing == "none":
         return gradients
-    return gradients + load.tokens * sum(kept_by_layer(shape, load).values())
+    return gradients + _kept_of_layer(shape, load)
 
 
 def of_loss(shape: ModelShape, load: TrainingLoad) -> int:
@@ -88,20 +101,37 @@ def plain_layer_bytes_per_token(shape: ModelShape) -> int:
     return 4 * (2 * shape.hidden + 2 * queries + 2 * keys + 3 * shape.ffn + 2 * shape.hidden)
 
 
-def _adapter_input_width(shape: ModelShape, adapted: dict[str, tuple[int, int]]) -> int:
-    """Values per token of the distinct tensors that adapters read."""
-    readers = {group: width for group, width in shape.inputs.items() if any(name in adapted for name in group)}
-    return sum(readers.values())
+def _kept_of_layer(shape: ModelShape, load: TrainingLoad) -> int:
+    return load.tokens * sum(kept_by_layer(shape, load).values()) + kept_weights_of_layer(shape, load)
 
 
-def _extras(shape: ModelShape, load: TrainingLoad) -> dict[str, int]:
-    """What dropout, DoRA and int8 bases add, which go peft's own way: a float32 copy of each adapted layer's input."""
-    adapted = load.adapted(shape).values()
+def _adapter_bytes(load: TrainingLoad) -> int:
+    """Bytes of a value in the adapters' branch: DoRA and int8 bases go peft's own way, which is in float32."""
+    return 4 if load.use_dora or load.data_type == "int8" else load.compute_bytes
+
+
+def _adapter_inputs(shape: ModelShape, load: TrainingLoad) -> int:
+    """Bytes per token of what adapters read: tensors that several share, or one for each that drops or casts."""
+    adapted, size = load.adapted(shape), _adapter_bytes(load)
+    if load.has_dropout or size != load.compute_bytes:
+        return size * sum(columns for _, columns in adapted.values())
+    return size * _shared_width(shape, tuple(adapted))
+
+
+def _shared_width(shape: ModelShape, names: tuple[str, ...]) -> int:
+    """Values per token of the distinct tensors that the named layers read."""
+    return sum(width for group, width in shape.inputs.items() if any(name in names for name in group))
+
+
+def _extras(load: TrainingLoad, adapted: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Bytes per token that dropout and DoRA add."""
     extras = {}
-    if load.has_dropout or load.use_dora or load.data_type == "int8":
-        extras["float32 inputs of adapters"] = 4 * sum(columns for _, columns in adapted)
     if load.has_dropout:
-        extras["dropout"] = 4 * sum(columns for _, columns in adapted)
+        # What was dropped: on a GPU one byte a value, on a processor a factor of the input's type.
+        mask = 1 if load.device == "cuda" else _adapter_bytes(load)
+        extras["dropout"] = mask * sum(columns for _, columns in adapted.values())
     if load.use_dora:
-        extras["magnitudes"] = (4 + load.compute_bytes) * sum(rows for rows, _ in adapted)
+        # The outputs of base and adapter, each for the other's factor.
+        base = 4 if load.has_dropout else load.compute_bytes
+        extras["magnitudes"] = (4 + base) * sum(rows for rows, _ in adapted.values())
     return extras

@@ -9,8 +9,9 @@ MIB = 2**20
 LIBRARIES_BYTES = 615 * MIB
 """Interpreter, torch, transformers, peft and bitsandbytes, imported and used, and what the heap holds about them.
 
-On a CPU 404 MiB are resident once all are imported, 460 after a first step without that step's tensors; the rest is
-fitted to the peaks of ``scripts/bench_memory.py``."""
+On a CPU 404 MiB are resident once all are imported, and 441 where scipy is installed too, which transformers imports
+where it finds it. After a first step 460 are resident without that step's tensors (no scipy); the rest is fitted to
+the peaks of the cases that ``scripts/bench_memory.py`` lists as such."""
 CUDA_CONTEXT_BYTES = 512 * MIB
 """Kernels, stacks and heaps of the driver on the device. 300 to 550 MiB by card and driver; torch does not count it."""
 CUBLAS_WORKSPACE_BYTES = 32 * MIB
@@ -23,9 +24,8 @@ CUDA_SEGMENT_BYTES = 2 * MIB
 CUDA_RESERVED_SHARE = 0.05
 """Share of what a step allocates that lies in segments too small for the next tensor. An allowance, not measured."""
 CPU_HEAP_LAYERS: Mapping[Checkpointing, float] = {"none": 0.0, "selective": 1.0, "full": 2.0}
-"""Freed memory that the C library keeps, in layers at work. Layers that are computed again leave their pieces between
-those of layers that wait. Fitted to the peaks of ``scripts/bench_memory.py``; see ``runtime.memory`` for what was tried
-against it."""
+"""Freed memory that the C library keeps, in layers at work. Fitted to the peaks of the cases that
+``scripts/bench_memory.py`` lists as such, not derived; see ``runtime.memory`` for what was tried against it."""
 
 KEPT_BY_ALLOCATOR = "freed, kept by the allocator"
 OUTSIDE_ALLOCATOR = ("libraries", "CUDA context", KEPT_BY_ALLOCATOR)

@@ -7,13 +7,19 @@ from typing import Self
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 SEPARATE = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text"),
-    *("smollm3", "granite", "olmo", "olmo2", "helium", "ernie4_5", "seed_oss", "arcee"),
+    *("smollm3", "granite", "olmo", "olmo2", "helium", "ernie4_5", "seed_oss"),
 )
 """Model types of transformers with q, k, v, o and gate, up, down as layers of their own."""
 FUSED = ("phi3", "glm", "glm4")
 """Model types that have gate and up in one layer; phi3 has q, k and v in one too."""
 HEAD_NORMS = ("qwen3", "gemma3", "gemma3_text", "olmo2")
 """Model types that norm queries and keys."""
+WHOLE_NORMS = ("olmo2",)
+"""Of these, model types that norm all heads together, with a weight for each value of each head."""
+QKV_BIASES = ("qwen2",)
+"""Model types whose query, key and value projections always have biases."""
+BARE_NORMS = ("olmo",)
+"""Model types whose norms have no weights."""
 FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text", "glm4")
 """Model types with a norm before and behind attention and feed-forward part."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
@@ -36,6 +42,9 @@ class ModelShape:
         parameters: distinct parameters in all.
         norms_per_layer: norms over the residual stream's width in one layer.
         has_head_norms: whether queries and keys are normed.
+        norms_heads_together: whether one such norm goes over all heads, with a weight for each of their values.
+        has_norm_weights: whether norms have weights.
+        has_qkv_biases: whether query, key and value projections have biases.
         fuses_qkv: whether q, k and v are one linear layer.
         fuses_gate_up: whether gate and up are one.
     """
@@ -51,6 +60,9 @@ class ModelShape:
     parameters: int
     norms_per_layer: int = 2
     has_head_norms: bool = False
+    norms_heads_together: bool = False
+    has_norm_weights: bool = True
+    has_qkv_biases: bool = False
     fuses_qkv: bool = False
     fuses_gate_up: bool = False
 
@@ -82,6 +94,9 @@ class ModelShape:
             parameters=0,
             norms_per_layer=4 if kind in FOUR_NORMS else 2,
             has_head_norms=kind in HEAD_NORMS,
+            norms_heads_together=kind in WHOLE_NORMS,
+            has_norm_weights=kind not in BARE_NORMS,
+            has_qkv_biases=kind in QKV_BIASES,
             fuses_qkv=kind == "phi3",
             fuses_gate_up=kind in FUSED,
         )
@@ -123,10 +138,13 @@ class ModelShape:
 
     @property
     def implied_parameters(self) -> int:
-        """Parameters that the sizes imply; biases, which few architectures have, are not counted."""
-        norms = (self.norms_per_layer * self.layers + 1) * self.hidden
-        head_norms = 2 * self.layers * self.head_dim if self.has_head_norms else 0
-        return self.linear_parameters + (1 if self.is_tied else 2) * self.vocabulary * self.hidden + norms + head_norms
+        """Parameters that the sizes imply; of biases those alone that every model of the kind has."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        embeddings = (1 if self.is_tied else 2) * self.vocabulary * self.hidden
+        norms = (self.norms_per_layer * self.layers + 1) * self.hidden if self.has_norm_weights else 0
+        of_heads = (queries + keys if self.norms_heads_together else 2 * self.head_dim) if self.has_head_norms else 0
+        biases = queries + 2 * keys if self.has_qkv_biases else 0
+        return self.linear_parameters + embeddings + norms + self.layers * (of_heads + biases)
 
 
 def _require_known(config: Mapping[str, object], kind: str) -> None:

@@ -11,6 +11,7 @@ from qlora_trainer.pipeline.fitting import fitting_of
 from qlora_trainer.pipeline.ground import Ground, prepare
 from qlora_trainer.pipeline.ledger import Ledger
 from qlora_trainer.pipeline.measuring import Measured, MeasuredExport, Measuring, ValidationReferences
+from qlora_trainer.pipeline.task_file import read_rows
 from qlora_trainer.pipeline.telling import Telling
 from qlora_trainer.preflight import predict_peak_bytes
 from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
@@ -77,7 +78,7 @@ class Journey:
         self.recipe, self.ground, self.folder, self.observer = recipe, ground, folder, observer
         self.trust_remote_code = trust_remote_code
         self.ledger = Ledger(folder, observer)
-        self.telling = Telling(recipe, folder)
+        self.telling = Telling(recipe, folder, ground)
         self.measuring = Measuring(recipe, ground, folder=folder, ledger=self.ledger)
 
     def travel(self, until: Until) -> RunReport | None:
@@ -289,9 +290,12 @@ class Journey:
                 audit=dataset.audit_lines(rows),
                 example=tuple(dataset.render_example(rows.tokenizer, rows.train[0])),
             ),
+            tasks=read_rows(self.folder.tasks_json),
         )
+        base = report.base_facts(self.recipe, self.ground.base.folder)
+        report.write_cards(self.recipe, made, base, adapter=trained.folder)
         if self.ledger.did_work:
-            self.telling.report(made, trained)
+            self.telling.report(made, trained, measurements.evaluations)
         return made
 
     # Measurements.

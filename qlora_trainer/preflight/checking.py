@@ -25,6 +25,7 @@ from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe, bytes_of
 from qlora_trainer.records import BaseCheckpoint, Cut
 from qlora_trainer.runtime.memory import available_bytes, free_disk_bytes
 from qlora_trainer.runtime.run_folder import RunFolder
+from qlora_trainer.runtime.tracking import require_trackers
 from qlora_trainer.stages import base_model, dataset
 from qlora_trainer.stages.dataset import TaskRows
 
@@ -96,6 +97,8 @@ def check(
     elif base is None:
         found.problems += dataset.file_problems(recipe.data)
     found.attempt(lambda: require_packages(recipe.evaluation.metrics))
+    tracking = recipe.tracking
+    found.attempt(lambda: require_trackers(tensorboard=tracking.tensorboard, trackio=tracking.trackio))
     found.add(package_findings(recipe))
     folder_of_run = RunFolder(Path(recipe.run.folder) / recipe.run.name)
     found.attempt(lambda: folder_of_run.require_own(recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS))

@@ -8,6 +8,7 @@ from qlora_trainer.recipe.compare import Compare
 from qlora_trainer.recipe.data import Data
 from qlora_trainer.recipe.files import Calibration, Export, Ladder, Merge, Rounding
 from qlora_trainer.recipe.model import BaseModelSource, Lora, Quantization
+from qlora_trainer.recipe.secrets import WHAT_TO_DO, secrets_in
 from qlora_trainer.recipe.section import Count, PositiveInt, Section
 from qlora_trainer.recipe.task import EvaluationPlan, Training
 from qlora_trainer.recipe.watchdog import Watchdog
@@ -34,10 +35,26 @@ class Tracking(Section):
 
     wandb: Literal["off", "offline", "online"] = "off"
     """``offline`` needs no login and no network; ``online`` uses the login of the machine."""
+    tensorboard: bool = False
+    """Write event files into the run's folder, for ``tensorboard --logdir``; needs the extra ``tensorboard``."""
+    trackio: bool = False
+    """Write into this machine's trackio store, for ``trackio show``; needs the extra ``trackio``."""
     project: str = "qlora-trainer"
-    """Weights & Biases project."""
+    """Project at Weights & Biases and trackio."""
+    entity: str | None = None
+    """User or team at Weights & Biases; absent = that of the login."""
+    name: str | None = None
+    """Name of the run there; absent = ``run.name``."""
+    group: str | None = None
+    """Group of runs that belong together, such as several seeds of one setting."""
     tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Tags of the run."""
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    """Weights & Biases' id of the run; absent = chosen once and kept in the run's folder, so that it is resumed."""
+    upload: Annotated[tuple[Literal["adapter", "exports"], ...], Field(strict=False)] = ("adapter",)
+    """Whose files are uploaded. Exports are artifacts in any case, without files known by their SHA-256."""
+    upload_seconds: PositiveInt = 60
+    """How long the end of the run waits for uploads; exports of gigabytes need more."""
 
 
 class Expected(Section):
@@ -78,6 +95,14 @@ class Recipe(Section):
     compare: Compare = Compare()
     tracking: Tracking = Tracking()
     expected: Expected | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, given: object) -> object:
+        found = [".".join(map(str, path)) for path in secrets_in(given)]
+        if found:
+            raise ValueError(f"{', '.join(found)} {WHAT_TO_DO}")
+        return given
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:

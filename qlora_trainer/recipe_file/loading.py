@@ -1,7 +1,7 @@
 """Recipe files on disk: read with all their problems at once, and written back whole."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from qlora_trainer.errors import RecipeError
 from qlora_trainer.recipe import Recipe
-from qlora_trainer.recipe_file.document import Problem, read_document
+from qlora_trainer.recipe.secrets import WHAT_TO_DO, secrets_in
+from qlora_trainer.recipe_file.document import Document, Place, Problem, dotted, read_document
 from qlora_trainer.recipe_file.overrides import apply_overrides
 from qlora_trainer.recipe_file.problems import schema_problems
 
@@ -33,6 +34,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if document.problems and not document.values:
         raise _error(source, document.problems)
     apply_overrides(document, overrides)
+    secrets = list(_secrets(document))
+    if secrets:
+        raise _error(source, secrets)
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
@@ -41,6 +45,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if document.problems:
         raise _error(source, document.problems)
     return recipe
+
+
+def _secrets(document: Document) -> Iterator[Problem]:
+    """Settings that look like a key; told alone, because other problems show the values that they are about."""
+    for path in secrets_in(document.values):
+        places = (document.places[path[:depth]] for depth in range(len(path), 0, -1) if path[:depth] in document.places)
+        place = next(places, Place(1, "recipe"))
+        if place.line == 0:
+            place = Place(0, f"--set {dotted(path)}=…")
+        yield Problem(place, path, WHAT_TO_DO)
 
 
 def dump(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ from qlora_trainer.records.report import (
     StageFigures,
     TrainingFigures,
 )
+from qlora_trainer.records.tasks import TaskEvaluation, TaskRow, TaskScore
 
 __all__ = [
     "Attempt",
@@ -44,6 +45,9 @@ __all__ = [
     "Sample",
     "Score",
     "StageFigures",
+    "TaskEvaluation",
+    "TaskRow",
+    "TaskScore",
     "TrainedAdapter",
     "TrainingFigures",
     "Trial",

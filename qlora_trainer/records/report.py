@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass, field
 
+from qlora_trainer.records.cuts import ChosenCut
 from qlora_trainer.records.files import Attempt
 from qlora_trainer.records.measurements import Interval
+from qlora_trainer.records.tasks import TaskRow
 
 
 @dataclass(frozen=True)
 class TrainingFigures:
-    """Training, as report.json tells it; names as in ``TrainedAdapter``."""
+    """Training, as report.json tells it; names as in ``TrainedAdapter``.
+
+    ``chosen`` tells what was tried out and chosen where the recipe says ``auto``; else it is None.
+    """
 
     steps: int
     tokens: int
@@ -20,6 +25,7 @@ class TrainingFigures:
     final_nats_per_token: float
     seconds: float
     trainable_parameters: int
+    chosen: ChosenCut | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ class RunReport:
 
     ``status`` is ``complete``, ``failed`` where an export was not verified, or ``below_bar`` where every export was
     verified but one is not as good as the recipe asks. ``merge_base`` holds the loss on the validation rows of the
-    merged 16-bit model for each base that was tried.
+    merged 16-bit model for each base that was tried. ``tasks`` holds what the
+    evaluation harness gave, where it was asked.
     """
 
     recipe: str
@@ -142,3 +149,4 @@ class RunReport:
     environment: dict[str, str]
     warnings: tuple[str, ...] = ()
     merge_base: dict[str, float] = field(default_factory=dict)
+    tasks: tuple[TaskRow, ...] = ()

@@ -6,8 +6,8 @@ What glibc keeps of freed memory is predicted (``numerics.device_overhead``), no
 Llama, 4 x 512 tokens, two idle cores, checkpointing none: a step takes 1.9 s and its resident peak is 1,024 to 1,061
 MiB, of which 888 to 891 would be there if every freed block went back at once. Mappings of their own for blocks above a
 fixed size (``M_MMAP_THRESHOLD``) do that, at a price: 64 KiB 891 MiB and 3.5 s, 1 MiB 908 and 3.2 s, 4 MiB 1,010 and
-2.3 s, 2 MiB on huge pages 919 and 3.0 s. ``malloc_trim`` between the two passes changed nothing (1,021 to 1,044 MiB):
-the heap grows during the backward pass. So allocation stays as the system has it.
+2.3 s, 2 MiB on huge pages 919 and 3.0 s. ``malloc_trim`` between the two passes changed nothing (1,021 to 1,044 MiB);
+why was not looked into. So allocation stays as the system has it.
 """
 
 import ctypes

@@ -139,6 +139,11 @@ class RunFolder:
         return self.root / "report.html"
 
     @property
+    def tasks_json(self) -> Path:
+        """What the evaluation harness gave of the run's models."""
+        return self.root / "tasks.json"
+
+    @property
     def recipe_yaml(self) -> Path:
         """File of the resolved recipe."""
         return self.root / "recipe.yaml"

@@ -1,63 +1,81 @@
-"""Metrics of a run: always as lines of metrics.jsonl, and to Weights & Biases where that is asked for.
+"""Metrics of a run: always as lines of metrics.jsonl, and to the trackers that are asked for.
 
-The file is the record; losing the tracker loses nothing. Whatever wandb does - it is missing, fails, hangs, is killed -
-is one warning, and training goes on: wandb is spoken to in a thread of its own, for which nobody waits but the end of
-the run, and that not for long. What the metrics mean is not known here.
+The file is the record; losing a tracker loses nothing. Whatever wandb, TensorBoard or trackio do - fail, hang, be
+killed - is one warning, and training goes on: each is spoken to in a thread of its own, for which nobody waits but the
+end of the run, and that not for long. What the metrics mean is not known here.
 """
 
 import json
 import logging
 import os
-import queue
-import threading
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
-from qlora_trainer.runtime.atomic import explained, writing_file
-from qlora_trainer.runtime.wandb_run import UPLOAD_SECONDS, Value, WandbRun, end_service
+from qlora_trainer.errors import MissingPackageError
+from qlora_trainer.runtime.atomic import explained, write_text, writing_file
+from qlora_trainer.runtime.messenger import Messenger
+from qlora_trainer.runtime.tensorboard_run import TensorBoardRun
+from qlora_trainer.runtime.tracked_run import Artifact, Table, TrackedRun, TrackingPlan, Value
+from qlora_trainer.runtime.trackio_run import TrackioRun
+from qlora_trainer.runtime.wandb_run import WandbRun, end_service
 
 logger = logging.getLogger(__name__)
 
-WandbMode = Literal["off", "offline", "online"]
-
 METRICS_NAME = "metrics.jsonl"
-# wandb itself gives up an upload after UPLOAD_SECONDS; only where it does not is it given up from outside.
-FINISH_SECONDS = UPLOAD_SECONDS + 15.0
+RUN_ID_NAME = "wandb_run_id.txt"
+# wandb itself gives up an upload after the plan's upload_seconds; only where it does not is it given up from outside.
+FINISH_SECONDS = 15.0
 HURRIED_SECONDS = 5.0
-MOST_WAITING = 100_000
-"""Records that wait for wandb at most, about 100 MB of them; where it takes no more, it is given up."""
+
+
+def require_trackers(*, tensorboard: bool, trackio: bool) -> None:
+    """Refuses trackers whose packages are not installed, before anything is trained; nothing is imported.
+
+    Raises:
+        MissingPackageError: names all of them and the command that installs them.
+    """
+    wanted = {"tensorboard": tensorboard, "trackio": trackio}
+    missing = [package for package, is_wanted in wanted.items() if is_wanted and find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(
+            f"tracking.{' and tracking.'.join(missing)}: the package is not installed. Install: "
+            f"pip install 'qlora-trainer[{','.join(missing)}]', or set it to false; metrics.jsonl is written all the "
+            "same"
+        )
 
 
 class Tracker:
     """Keeps what a run tells about itself. Only a metrics.jsonl that cannot be written is an error."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        wandb_mode: WandbMode,
-        project: str,
-        tags: Sequence[str],
-        config: Mapping[str, object],
-    ) -> None:
-        """Opens the tracker of a run; wandb starts in the background.
+    def __init__(self, folder: Path, plan: TrackingPlan | None = None) -> None:
+        """Opens the trackers of a run; they start in the background.
 
         Args:
-            folder: the run's folder; its name is the run's name. wandb's files go into ``<folder>/wandb``.
-            wandb_mode: ``offline`` needs neither login nor network; ``online`` needs the login of the machine.
-            project: wandb project.
-            tags: of the run.
-            config: resolved recipe as plain values.
+            folder: the run's folder. wandb's files go into ``<folder>/wandb``, those of TensorBoard into
+                ``<folder>/tensorboard``.
+            plan: who hears of it; None = metrics.jsonl alone.
+
+        Raises:
+            RunFolderError: the run's id cannot be kept.
         """
         self._metrics = folder / METRICS_NAME
-        self._messenger: _Messenger | None = None
-        if wandb_mode != "off":
-            settings = {"mode": wandb_mode, "project": project, "tags": list(tags), "config": dict(config)}
-            self._messenger = _Messenger(lambda: WandbRun(folder, settings), self._metrics)
+        self._plan = plan = plan or TrackingPlan()
+        if plan.wandb != "off" or plan.trackio:
+            self._plan = plan = replace(plan, run_id=_run_id(folder, plan.run_id))
+        self._messengers: list[Messenger] = []
+        if plan.wandb != "off":
+            at_finish = f" (`wandb sync` sends the rest, from {folder / 'wandb'})"
+            self._open("wandb", lambda: WandbRun(folder, plan), end=end_service, at_finish=at_finish)
+        if plan.tensorboard:
+            self._open("tensorboard", lambda: TensorBoardRun(folder, plan))
+        if plan.trackio:
+            self._open("trackio", lambda: TrackioRun(folder, plan))
 
     def log(self, record: Mapping[str, Value], step: int) -> None:
-        """Adds one line ``{"step": step, ...}`` to metrics.jsonl and to the step's row in wandb's history.
+        """Adds one line ``{"step": step, ...}`` to metrics.jsonl and tells it to the trackers.
 
         Numbers that are not finite are written as Python's json does: ``NaN``, ``Infinity``.
 
@@ -70,11 +88,11 @@ class Tracker:
         self._tell("log", lambda run: run.log(record, step))
 
     def resume_from(self, step: int, size: int | None = None) -> None:
-        """Puts metrics.jsonl back to where it was when the state of ``step`` was saved, and tells wandb what it holds.
+        """Puts metrics.jsonl back to where it was when the state of ``step`` was saved, and tells all that it holds.
 
         Drops what came later, and the half line of a killed process. To be called before the first step, also where
-        that is step 0: a training that was killed before its first checkpoint has left lines too. wandb may have lost
-        what the killed process told it last; of what it still has, it drops what is told again.
+        that is step 0: a training that was killed before its first checkpoint has left lines too. The trackers may have
+        lost what the killed process told them last, so they are told everything again.
 
         Args:
             step: the run goes on behind this one; lines of later steps are dropped.
@@ -98,7 +116,7 @@ class Tracker:
             logger.info("%s: %d lines after step %d dropped", self._metrics, len(lines) - len(kept), step)
             with writing_file(self._metrics) as partial:
                 partial.write_bytes(b"".join(kept))
-        if kept:
+        if lines:
             self._tell("log", lambda run: _tell_again(run, kept))
 
     def flush(self) -> int:
@@ -109,106 +127,57 @@ class Tracker:
             os.fsync(file.fileno())
             return file.tell()
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> None:
-        """Shows a table in wandb, one sequence per row in the order of ``columns``; without wandb does nothing."""
-        self._tell("table", lambda run: run.table(name, columns, rows))
+    def table(self, name: str, table: Table) -> None:
+        """Shows a table in every tracker; without one does nothing."""
+        self._tell("table", lambda run: run.table(name, table))
 
-    def artifact(self, name: str, folder: Path, kind: str) -> None:
-        """Adds the files of ``folder`` to wandb as an artifact of type ``kind``; without wandb does nothing.
+    def summary(self, figures: Mapping[str, Value]) -> None:
+        """Sets figures of the run as a whole, by which trackers compare runs."""
+        self._tell("summary", lambda run: run.summary(figures))
 
-        The files are not copied: they must stay where they are until they were uploaded.
+    def page(self, name: str, path: Path) -> None:
+        """Shows an HTML page, where a tracker can."""
+        self._tell("page", lambda run: run.page(name, path))
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Adds a version of what the run used or made.
+
+        Files are not copied: they must stay where they are until they were uploaded.
         """
-        self._tell("artifact", lambda run: run.artifact(name, folder, kind))
+        self._tell("artifact", lambda run: run.artifact(artifact))
 
     def finish(self, *, in_a_hurry: bool = False) -> None:
-        """Ends wandb's run and waits for its uploads; a second call does nothing.
+        """Ends the trackers' runs and waits for uploads; a second call does nothing.
 
         Args:
-            in_a_hurry: the user wants to leave: wait five seconds at most, and not 75.
+            in_a_hurry: the user wants to leave: wait five seconds at most, not the plan's ``upload_seconds`` and 15.
         """
-        messenger, self._messenger = self._messenger, None
-        if messenger is not None:
-            messenger.finish(HURRIED_SECONDS if in_a_hurry else FINISH_SECONDS)
+        messengers, self._messengers = self._messengers, []
+        for messenger in messengers:
+            messenger.finish(HURRIED_SECONDS if in_a_hurry else self._plan.upload_seconds + FINISH_SECONDS)
 
-    def _tell(self, what: str, action: Callable[[WandbRun], None]) -> None:
-        if self._messenger is not None:
-            self._messenger.tell(what, action)
+    def _open(
+        self, name: str, begin: Callable[[], TrackedRun], *, end: Callable[[], None] | None = None, at_finish: str = ""
+    ) -> None:
+        self._messengers.append(Messenger(name, begin, self._metrics, end=end, at_finish=at_finish))
 
-
-class _Messenger:
-    """Carries out what is told to wandb, one after the other, in a thread that nobody waits for.
-
-    The first failure is a warning, and the last word about wandb in this run; only its end is still tried.
-
-    Args:
-        begin: starts the run.
-        metrics: where the metrics are in any case, for the warning.
-    """
-
-    def __init__(self, begin: Callable[[], WandbRun], metrics: Path) -> None:
-        self._metrics = metrics
-        self._waiting: queue.Queue[tuple[str, Callable[[WandbRun], None]] | None] = queue.Queue(MOST_WAITING)
-        self._lock, self._is_lost = threading.Lock(), False
-        self._thread = threading.Thread(target=self._work, args=(begin,), name="wandb", daemon=True)
-        self._thread.start()
-
-    def tell(self, what: str, action: Callable[[WandbRun], None]) -> None:
-        """Leaves ``action`` to the thread; returns at once."""
-        if self._is_lost:
-            return
-        try:
-            self._waiting.put_nowait((what, action))
-        except queue.Full:
-            self._lose(what, TimeoutError(f"it has not taken {MOST_WAITING:,} records"))
-
-    def finish(self, seconds: float) -> None:
-        """Lets the thread finish the run, and ends wandb where that takes longer."""
-        try:
-            self._waiting.put(None, timeout=seconds)
-            self._thread.join(seconds)
-        except queue.Full:
-            pass  # the thread is at the first record that wandb has not taken
-        except BaseException:
-            end_service()
-            raise
-        if self._thread.is_alive():
-            self._lose("finish", TimeoutError(f"no answer within {seconds:.0f} seconds"))
-        if self._is_lost:
-            end_service()
-
-    def _work(self, begin: Callable[[], WandbRun]) -> None:
-        run: WandbRun | None = None
-        try:
-            run = begin()
-        except Exception as error:  # noqa: BLE001 - whatever a tracker raises, it must not end a training
-            self._lose("start", error)
-        while (told := self._waiting.get()) is not None:
-            if run is not None and not self._is_lost:
-                self._carry_out(*told, run)
-        if run is not None:
-            self._carry_out("finish", WandbRun.finish, run)
-
-    def _carry_out(self, what: str, action: Callable[[WandbRun], None], run: WandbRun) -> None:
-        try:
-            action(run)
-        except Exception as error:  # noqa: BLE001 - as above
-            self._lose(what, error)
-
-    def _lose(self, what: str, error: Exception) -> None:
-        with self._lock:
-            was_lost, self._is_lost = self._is_lost, True
-        if not was_lost:
-            logger.warning(
-                "wandb failed at %s and is not used any more in this run; the metrics go on in %s%s. %s: %s",
-                what,
-                self._metrics,
-                f" (`wandb sync` sends the rest, from {self._metrics.parent / 'wandb'})" if what == "finish" else "",
-                type(error).__name__,
-                error,
-            )
+    def _tell(self, what: str, action: Callable[[TrackedRun], None]) -> None:
+        for messenger in self._messengers:
+            messenger.tell(what, action)
 
 
-def _tell_again(run: WandbRun, lines: Sequence[bytes]) -> None:
+def _run_id(folder: Path, given: str | None) -> str:
+    """The id under which trackers know this run, the same after every resume; ``given`` comes before the kept one."""
+    path = folder / RUN_ID_NAME
+    kept = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    known = given or kept or secrets.token_hex(4)
+    if known != kept:
+        write_text(path, known + "\n")
+    return known
+
+
+def _tell_again(run: TrackedRun, lines: Sequence[bytes]) -> None:
+    run.begin_again()
     for line in lines:
         record = json.loads(line)
         run.log(record, record.pop("step"))

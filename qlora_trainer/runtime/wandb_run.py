@@ -5,57 +5,60 @@
 
 import contextlib
 import importlib
+import json
 import logging
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from qlora_trainer.runtime.atomic import write_text
+from qlora_trainer.runtime.tracked_run import Artifact, Table, TrackingPlan, Value
 
 logger = logging.getLogger(__name__)
 
-Value = float | str | None
-
-RUN_ID_NAME = "wandb_run_id.txt"
 START_SECONDS = 60.0
-UPLOAD_SECONDS = 60.0
+LINEAGE_FOLDER = "wandb/lineage"
 SERVICE_NAME = "wandb-core"
 
 
 class WandbRun:
     """A run of wandb, begun or resumed."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, plan: TrackingPlan) -> None:
         """Starts wandb's own process and the run; about two seconds, ``START_SECONDS`` where no server answers.
 
-        Args:
-            folder: of the run; its name is the run's name, and its id stays with it.
-            settings: ``mode``, ``project``, ``tags`` and ``config``, as ``wandb.init`` takes them.
+        In a sweep wandb's agent has chosen project and id, and wandb takes those.
         """
         # Imported here, because it takes up to five seconds that only those who ask for wandb should pay.
         self._wandb = wandb = importlib.import_module("wandb")
-        is_online = settings["mode"] == "online"
-        if is_online and not wandb.login(prompt=False, verify=False):
+        self._folder, self._is_online = folder, plan.wandb == "online"
+        if self._is_online and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("not logged in. Run `wandb login` once, or set tracking.wandb: offline")
         self._run = wandb.init(
+            mode=plan.wandb,
             dir=str(folder),
-            id=_run_id(folder),
-            name=folder.name,
+            id=plan.run_id,
+            name=plan.name or folder.name,
+            project=plan.project,
+            entity=plan.entity,
+            group=plan.group,
+            tags=list(plan.tags),
+            config=dict(plan.config),
             # Offline there is nothing to ask a server for; the same id makes it the same run when it is synced.
-            resume="allow" if is_online else None,
+            resume="allow" if self._is_online else None,
             settings=wandb.Settings(
                 silent=True,
                 console="off",
                 init_timeout=START_SECONDS,
-                finish_timeout=UPLOAD_SECONDS,
+                finish_timeout=plan.upload_seconds,
                 finish_timeout_raises=True,
             ),
-            **settings,
         )
         self._run.define_metric("*", step_metric="step")
+
+    def begin_again(self) -> None:
+        """Nothing to do: rows of steps that wandb has are dropped by itself."""
 
     def log(self, record: Mapping[str, Value], step: int) -> None:
         """Adds to the row of a step.
@@ -65,22 +68,51 @@ class WandbRun:
         """
         self._run.log({"step": step, **record}, step=step)
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> None:
-        """Shows a table."""
-        data = [list(row) for row in rows]
-        self._run.log({name: self._wandb.Table(columns=list(columns), data=data)})
+    def table(self, name: str, table: Table) -> None:
+        """Shows a table, and its bars as a chart of wandb."""
+        made = self._wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+        self._run.log({name: made})
+        if table.bars is not None:
+            label, height = (table.columns.index(column) for column in table.bars)
+            drawn = [[row[label], row[height]] for row in table.rows]
+            bars = self._wandb.Table(columns=list(table.bars), data=drawn)
+            self._run.log({f"{name}_bars": self._wandb.plot.bar(bars, *table.bars, title=name)})
 
-    def artifact(self, name: str, folder: Path, kind: str) -> None:
-        """Adds the files of a folder as they lie there."""
-        artifact = self._wandb.Artifact(name, type=kind)
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            # Files that may change would be copied into the user's wandb folder, outside of the run.
-            artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), policy="immutable")
-        self._run.log_artifact(artifact)
+    def summary(self, figures: Mapping[str, Value]) -> None:
+        """Sets figures by which wandb sorts and compares runs."""
+        self._run.summary.update(dict(figures))
+
+    def page(self, name: str, path: Path) -> None:
+        """Shows an HTML page in a panel; wandb keeps a copy."""
+        self._run.log({name: self._wandb.Html(path.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)})
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Adds a version, or finds that the last one holds the same; an input becomes one of the run's inputs.
+
+        Offline wandb knows no inputs (``use_artifact`` refuses): there an input is one more artifact of the run.
+        """
+        made = self._wandb.Artifact(artifact.name, type=artifact.kind, metadata=dict(artifact.identity))
+        # Files that may change would be copied into the user's wandb folder, outside of the run.
+        if artifact.identity:
+            made.add_file(str(self._identity_file(artifact)), name="identity.json", policy="immutable")
+        for name, path in _files(artifact.folder):
+            made.add_file(str(path), name=name, policy="immutable")
+        if artifact.reference is not None:
+            made.add_reference(artifact.reference, checksum=False)
+        if artifact.is_input and self._is_online:
+            self._run.use_artifact(made)
+        else:
+            self._run.log_artifact(made)
 
     def finish(self) -> None:
-        """Waits for the uploads, ``UPLOAD_SECONDS`` at most."""
+        """Waits for the uploads, ``upload_seconds`` of the plan at most."""
         self._run.finish()
+
+    def _identity_file(self, artifact: Artifact) -> Path:
+        path = self._folder / LINEAGE_FOLDER / f"{artifact.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(artifact.identity, indent=2, sort_keys=True) + "\n")
+        return path
 
 
 def end_service() -> None:
@@ -95,11 +127,8 @@ def end_service() -> None:
         logger.debug("wandb was ended: %s", error)
 
 
-def _run_id(folder: Path) -> str:
-    """The id under which wandb knows this run, the same after every resume."""
-    path = folder / RUN_ID_NAME
-    known = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-    if not known:
-        known = secrets.token_hex(4)
-        write_text(path, known + "\n")
-    return known
+def _files(folder: Path | None) -> list[tuple[str, Path]]:
+    """Files of a folder by their names in it."""
+    if folder is None:
+        return []
+    return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -17,7 +17,7 @@ _TEXT_PART = (
     ". It reads more than text; save its text part as a folder first, in the way that `qlora-trainer recipes show "
     "gemma3_4b_16gb` tells for Gemma 3"
 )
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.py")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.py", "README.md")
 
 
 def resolve(source: BaseModelSource, *, trust_remote_code: bool = False) -> BaseCheckpoint:

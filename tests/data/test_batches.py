@@ -1,5 +1,6 @@
 import inspect
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_each_row_goes_where_it_leaves_the_least_room() -> None:
 def test_packs_hold_every_row_of_the_step_in_no_more_micro_batches_than_rows_side_by_side(
     micro_batch_size: int,
 ) -> None:
-    plan = BatchPlan(micro_batch_size, 6 // micro_batch_size, seed=5, is_packed=True)
+    plan = BatchPlan(micro_batch_size, 6 // micro_batch_size, seed=5, longest_row=max(LENGTHS))
     padded = BatchPlan(micro_batch_size, 6 // micro_batch_size, seed=5)
     for step in range(40):
         packs = training_micro_batches(step, LENGTHS, plan)
@@ -137,10 +138,30 @@ def test_packs_hold_every_row_of_the_step_in_no_more_micro_batches_than_rows_sid
         assert len(packs) <= plan.gradient_accumulation_steps
 
 
-@pytest.mark.parametrize("is_packed", [True, False])
-def test_processes_share_a_step_without_a_row_twice(is_packed: bool) -> None:
-    plan = BatchPlan(micro_batch_size=2, gradient_accumulation_steps=3, seed=5, is_packed=is_packed)
+class _Counted(list[int]):
+    reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Any:
+        raise AssertionError("all lengths are gone through")
+
+
+@pytest.mark.parametrize("longest_row", [10, None])
+def test_what_a_step_costs_does_not_grow_with_the_number_of_rows(longest_row: int | None) -> None:
+    plan = BatchPlan(micro_batch_size=2, gradient_accumulation_steps=3, seed=5, longest_row=longest_row)
+    few, many = _Counted(LENGTHS), _Counted(LENGTHS * 100)
+    for lengths in (few, many):
+        training_micro_batches(0, lengths, plan)
+    assert max(few.reads, many.reads) <= 5 * plan.batch_size
+
+
+@pytest.mark.parametrize("longest_row", [10, None])
+def test_processes_share_a_step_without_a_row_twice(longest_row: int | None) -> None:
+    plan = BatchPlan(micro_batch_size=2, gradient_accumulation_steps=3, seed=5, longest_row=longest_row)
     shares = [training_micro_batches(4, LENGTHS, plan, share=(number, 2)) for number in range(2)]
     rows = [row for share in shares for micro_batch in share for row in micro_batch]
     assert sorted(rows) == sorted(step_rows(4))
-    assert all(len(share) == 2 for share in shares if not is_packed)
+    assert all(len(share) == 2 for share in shares if longest_row is None)

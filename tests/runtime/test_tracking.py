@@ -14,13 +14,20 @@ from wandb.proto import wandb_internal_pb2
 
 from qlora_trainer.errors import RunFolderError
 from qlora_trainer.runtime import tracking
+from qlora_trainer.runtime.tracked_run import Artifact, Table, TrackingPlan
 from qlora_trainer.runtime.tracking import Tracker
 
 CONFIG = {"lora": {"rank": 8, "target_modules": ["q_proj"]}, "data": {"validation": None}}
 
 
-def tracker(folder, wandb_mode="off"):
-    return Tracker(folder, wandb_mode=wandb_mode, project="project", tags=("one", "two"), config=CONFIG)
+def tracker(folder, wandb_mode="off", upload_seconds=60.0):
+    names = {"project": "project", "group": "group", "tags": ("one", "two")}
+    return Tracker(folder, TrackingPlan(wandb=wandb_mode, **names, config=CONFIG, upload_seconds=upload_seconds))
+
+
+def own_records(caplog):
+    """What this package has logged; threads of the real wandb, which other tests started, may log at any time."""
+    return [record for record in caplog.records if record.name.startswith("qlora_trainer.")]
 
 
 def lines(folder):
@@ -103,10 +110,11 @@ def test_a_full_disk_is_told(tmp_path):
 def test_without_wandb_it_is_not_imported(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\nfrom qlora_trainer.runtime.tracking import Tracker\n"
-        "told = Tracker(Path(sys.argv[1]), wandb_mode='off', project='p', tags=(), config={})\n"
-        "told.log({'x': 1.0}, 1)\ntold.table('t', ['a'], [[1.0]])\n"
-        "told.artifact('a', Path(sys.argv[1]), 'adapter')\ntold.finish()\n"
-        "sys.exit(bool({'wandb', 'torch'} & sys.modules.keys()))"
+        "from qlora_trainer.runtime.tracked_run import Artifact, Table\n"
+        "told = Tracker(Path(sys.argv[1]))\n"
+        "told.log({'x': 1.0}, 1)\ntold.table('t', Table(['a'], [[1.0]]))\n"
+        "told.artifact(Artifact('a', 'model', folder=Path(sys.argv[1])))\ntold.finish()\n"
+        "sys.exit(bool({'wandb', 'torch', 'tensorboard', 'trackio'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -136,8 +144,8 @@ def offline_run(wandb_home, tmp_path_factory):
     told = tracker(folder, "offline")
     for step in range(10, 110, 10):
         told.log({"train/nats_per_token": 1 / step, "validation/nats_per_token": None}, step)
-    told.table("gap", ("stage", "nats", "kl"), [("base_16bit", 1.5, 0.1), ("adapter_unmerged", 1, None)])
-    told.artifact("adapter", folder / "adapter", "adapter")
+    told.table("gap", Table(("stage", "nats", "kl"), [("base_16bit", 1.5, 0.1), ("adapter_unmerged", 1, None)]))
+    told.artifact(Artifact("adapter", "adapter", folder=folder / "adapter"))
     told.finish()
     told.finish()
     return folder, finished_records(folder)
@@ -198,7 +206,8 @@ def test_the_config_is_the_recipe(offline_run):
     _, records = offline_run
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {key: value for key, value in values(runs[0].config.update).items() if key != "_wandb"} == CONFIG
-    assert (runs[0].project, runs[0].display_name, list(runs[0].tags)) == ("project", "my-run", ["one", "two"])
+    assert (runs[0].project, runs[0].run_group) == ("project", "group")
+    assert (runs[0].display_name, list(runs[0].tags)) == ("my-run", ["one", "two"])
 
 
 def test_the_summary_holds_the_last_values(offline_run):
@@ -235,7 +244,7 @@ def test_a_resumed_run_keeps_its_id_and_says_nothing(offline_run, capfd, caplog)
     folder, _ = offline_run
     told = tracker(folder, "offline")
     told.log({"x": 1.0}, 110)
-    told.artifact("adapter", folder / "adapter", "adapter")
+    told.artifact(Artifact("adapter", "adapter", folder=folder / "adapter"))
     told.finish()
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
@@ -244,13 +253,31 @@ def test_a_resumed_run_keeps_its_id_and_says_nothing(offline_run, capfd, caplog)
     assert first != second
 
 
-def test_online_without_a_login_is_one_warning_and_no_prompt(wandb_home, tmp_path, caplog):
-    told = tracker(tmp_path, "online")
-    told.log({"x": 1.0}, 1)
-    told.finish()
+WITHOUT_LOGIN = """
+import logging
+import sys
+from pathlib import Path
+from qlora_trainer.runtime.tracked_run import TrackingPlan
+from qlora_trainer.runtime.tracking import Tracker
+logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+told = Tracker(Path(sys.argv[1]), TrackingPlan(wandb="online"))
+told.log({"x": 1.0}, 1)
+told.finish()
+"""
+
+
+def test_online_without_a_login_is_one_warning_and_no_prompt(wandb_home, tmp_path):
+    # In a process of its own: wandb remembers the login of its process, whatever test it was made by.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    command = [sys.executable, "-c", WITHOUT_LOGIN, str(tmp_path)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=120, env=environment, stdin=subprocess.DEVNULL
+    )
     assert lines(tmp_path) == [{"step": 1, "x": 1.0}]
-    (warning,) = caplog.records
-    assert "not logged in. Run `wandb login` once, or set tracking.wandb: offline" in warning.getMessage()
+    assert done.stdout == ""
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    assert warning.startswith("WARNING wandb failed at start")
+    assert "not logged in. Run `wandb login` once, or set tracking.wandb: offline" in warning
 
 
 STOPPED = """
@@ -259,7 +286,8 @@ import time
 from pathlib import Path
 import psutil
 from qlora_trainer.runtime import tracking
-told = tracking.Tracker(Path(sys.argv[1]), wandb_mode="offline", project="p", tags=(), config={})
+from qlora_trainer.runtime.tracked_run import TrackingPlan
+told = tracking.Tracker(Path(sys.argv[1]), TrackingPlan(wandb="offline", upload_seconds=0.0))
 def is_service(child):
     try:
         return child.name() == "wandb-core"
@@ -331,13 +359,13 @@ def install(monkeypatch):
     return put
 
 
-def train(folder, mode="online"):
+def train(folder, mode="online", upload_seconds=60.0):
     """What a training does with a tracker."""
-    told = tracker(folder, mode)
+    told = tracker(folder, mode, upload_seconds)
     for step in (1, 2, 3):
         told.log({"x": 0.5}, step)
-    told.table("gap", ("a",), [(1.0,)])
-    told.artifact("adapter", folder, "adapter")
+    told.table("gap", Table(("a",), [(1.0,)]))
+    told.artifact(Artifact("adapter", "adapter", folder=folder))
     told.finish()
 
 
@@ -348,7 +376,7 @@ def test_a_failing_wandb_is_one_warning_and_training_goes_on(tmp_path, install, 
     broken = install(failing)
     train(tmp_path)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    (warning,) = caplog.records
+    (warning,) = own_records(caplog)
     assert warning.levelname == "WARNING"
     assert "ConnectionError: the server is on fire" in warning.getMessage()
     assert broken.calls.count(failing) == 1
@@ -364,7 +392,7 @@ def test_a_wandb_that_failed_is_still_ended(tmp_path, install):
 def test_a_working_wandb_is_no_warning(tmp_path, install, caplog):
     working = install("none of them")
     train(tmp_path)
-    assert caplog.records == []
+    assert own_records(caplog) == []
     began = ["login", "init", "define_metric"]
     assert working.calls == [*began, "log", "log", "log", "Table", "log", "Artifact", "log_artifact", "finish"]
 
@@ -373,7 +401,7 @@ def test_a_missing_wandb_is_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
     train(tmp_path, "offline")
     assert len(lines(tmp_path)) == 3
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert [record.levelname for record in own_records(caplog)] == ["WARNING"]
     assert "ModuleNotFoundError" in caplog.text
 
 
@@ -382,10 +410,10 @@ def test_a_hanging_wandb_is_given_up_after_a_while(tmp_path, install, monkeypatc
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
     broken = install(hanging, hang)
     began = time.monotonic()
-    train(tmp_path)
+    train(tmp_path, upload_seconds=0.0)
     assert time.monotonic() - began < 10
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    (warning,) = caplog.records
+    (warning,) = own_records(caplog)
     assert "no answer within" in warning.getMessage()
     assert broken.calls[-1] == "teardown"
 

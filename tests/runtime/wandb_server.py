@@ -21,10 +21,37 @@ class Told:
     Attributes:
         history: its rows, each placed at the line number that the client gave.
         starts: times that a client has begun or resumed it.
+        sweep: that it is a trial of.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     starts: int = 0
+    sweep: str | None = None
+
+
+@dataclass
+class Version:
+    """A version of an artifact as the server knows it.
+
+    Attributes:
+        name: of the artifact.
+        kind: its type.
+        digest: of its manifest.
+        metadata: as the client gave it.
+        manifest: what it holds, as uploaded.
+        made_by: id of the run that logged it; None where it was only used.
+        used_by: ids of the runs that it was an input of.
+        state: ``COMMITTED`` once it is whole.
+    """
+
+    name: str
+    kind: str
+    digest: str
+    metadata: dict[str, Any]
+    made_by: str | None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    used_by: list[str] = field(default_factory=list)
+    state: str = "PENDING"
 
 
 @dataclass
@@ -34,10 +61,12 @@ class Server:
     Attributes:
         url: to be given as WANDB_BASE_URL.
         runs: by their id.
+        versions: of artifacts, in the order in which they were made.
     """
 
     url: str = ""
     runs: dict[str, Told] = field(default_factory=dict)
+    versions: list[Version] = field(default_factory=list)
 
     def graphql(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Answers a query by its name; an empty answer will do for those that are not here."""
@@ -49,7 +78,10 @@ class Server:
         if name == "UpsertBucket":
             run = self.runs.setdefault(variables["name"], Told())
             run.starts += variables.get("displayName") is not None
+            run.sweep = variables.get("sweep") or run.sweep
             return {"upsertBucket": {"bucket": bucket(variables["name"], run), "inserted": run.starts == 1}}
+        if name in ARTIFACT_QUERIES:
+            return ARTIFACT_QUERIES[name](self, variables.get("input") or variables)
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
@@ -61,6 +93,101 @@ class Server:
         if lines:
             rows = [json.loads(line) for line in lines["content"]]
             self.runs[run_id].history[lines["offset"] : lines["offset"] + len(rows)] = rows
+
+
+def create_artifact(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """A version, the known one where name and digest are the same."""
+    name, digest = given["artifactCollectionName"], given["digest"]
+    known = [each for each in server.versions if (each.name, each.digest) == (name, digest)]
+    if not known:
+        metadata = json.loads(given.get("metadata") or "{}")
+        server.versions.append(Version(name, given["artifactTypeName"], digest, metadata, given.get("runName")))
+    version = (known or server.versions)[-1]
+    number = server.versions.index(version)
+    sequence = {"id": f"S{name}", "latestArtifact": None}
+    return {"createArtifact": {"artifact": {"id": f"A{number}", "state": version.state, "artifactSequence": sequence}}}
+
+
+def create_manifest(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """Where a version's manifest goes; its file is uploaded to the address with the version's number."""
+    number = given["artifactID"].removeprefix("A")
+    file = {"id": f"F{number}", "name": given["name"], "displayName": given["name"]}
+    uploaded = {"uploadUrl": f"{server.url}/manifest/{number}", "uploadHeaders": []}
+    manifest = {"id": f"M{number}", "file": {**file, **uploaded}}
+    return {name: {"artifactManifest": manifest} for name in ("createArtifactManifest", "updateArtifactManifest")}
+
+
+def create_files(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """Where the files of a version go."""
+    edges = [
+        {
+            "node": {
+                "id": f"X{index}",
+                "name": spec["name"],
+                "displayName": spec["name"],
+                "uploadUrl": f"{server.url}/upload/{index}",
+                "uploadHeaders": [],
+                "storagePath": f"wandb_artifacts/{index}",
+                "uploadMultipartUrls": None,
+                "artifact": {"id": spec["artifactID"]},
+            }
+        }
+        for index, spec in enumerate(given["artifactFiles"])
+    ]
+    return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+
+def commit_artifact(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """A version is whole."""
+    server.versions[int(given["artifactID"][1:])].state = "COMMITTED"
+    return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": ""}}}
+
+
+def use_artifact(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """A version is an input of a run."""
+    server.versions[int(given["artifactID"][1:])].used_by.append(given["runName"])
+    return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
+
+
+def artifact_by_id(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """A version as the API shows it."""
+    number = int(given["id"][1:])
+    version = server.versions[number]
+    project = {"id": "P", "internalId": "1", "name": "project", "entity": {"name": "me"}}
+    collection = {"name": version.name, "project": project}
+    fragment = {
+        "__typename": "Artifact",
+        "id": f"A{number}",
+        "artifactSequence": {"__typename": "ArtifactSequence", **collection},
+        "versionIndex": [each for each in server.versions if each.name == version.name].index(version),
+        "artifactType": {"name": version.kind},
+        "description": None,
+        "metadata": json.dumps(version.metadata),
+        "ttlDurationSeconds": -2,
+        "ttlIsInherited": True,
+        "tags": [],
+        "historyStep": None,
+        "state": version.state,
+        "size": 0,
+        "digest": version.digest,
+        "commitHash": None,
+        "fileCount": 1,
+        "createdAt": "2026-01-01T00:00:00Z",
+        "updatedAt": None,
+        "aliases": [],
+    }
+    return {"artifact": fragment}
+
+
+ARTIFACT_QUERIES = {
+    "ArtifactByID": artifact_by_id,
+    "CreateArtifact": create_artifact,
+    "CreateArtifactManifest": create_manifest,
+    "UpdateArtifactManifest": create_manifest,
+    "CreateArtifactFiles": create_files,
+    "CommitArtifact": commit_artifact,
+    "UseArtifact": use_artifact,
+}
 
 
 def bucket(run_id: str, run: Told) -> dict[str, Any]:
@@ -104,7 +231,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"exitcode": None, "limits": {}})
 
     def do_PUT(self) -> None:
-        self.body()
+        content = self.body()
+        manifest = re.fullmatch(r"/manifest/(\d+)", self.path)
+        if manifest:
+            self.server.told.versions[int(manifest[1])].manifest = json.loads(content)
         self.answer({})
 
     do_GET = do_PUT

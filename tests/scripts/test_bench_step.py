@@ -50,7 +50,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(bench_step: ModuleType, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
-    options = argparse.Namespace(quick=True, tokenizer=inputs, data=inputs / "rows.jsonl", steps=1)
+    options = argparse.Namespace(quick=True, device="cpu", tokenizer=inputs, data=inputs / "rows.jsonl", steps=1)
     bench_step.prepare(folder, options)
     return folder
 

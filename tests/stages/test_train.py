@@ -63,7 +63,7 @@ def inputs_for(folder: Path, watcher: Watcher | None = None, rows: Sequence[Enco
         recipe_key="key",
         predicted_peak_bytes=1,
         validate=lambda model: evaluate.held_out_nats(model, VALIDATION, batch_size=2, pad_id=2),
-        tracker=Tracker(folder, wandb_mode="off", project="", tags=(), config={}),
+        tracker=Tracker(folder),
         observer=watcher or Watcher(),
     )
 

@@ -134,6 +134,6 @@ def test_the_batch_that_is_tried_is_the_longest_of_the_training() -> None:
     lengths = [len(row.token_ids) for row in ROWS]
     plan = BatchPlan(micro_batch_size=1, gradient_accumulation_steps=4, seed=0)
     assert longest_micro_batch(lengths, plan, steps=100) == [lengths.index(max(lengths))]
-    packed = replace(plan, micro_batch_size=2, gradient_accumulation_steps=2, is_packed=True)
+    packed = replace(plan, micro_batch_size=2, gradient_accumulation_steps=2, longest_row=max(lengths))
     found = longest_micro_batch(lengths, packed, steps=100)
     assert max(lengths) < sum(lengths[index] for index in found) <= 2 * max(lengths)

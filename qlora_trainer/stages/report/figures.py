@@ -130,6 +130,7 @@ def _training(trained: TrainedAdapter) -> TrainingFigures:
         final_nats_per_token=trained.final_nats_per_token,
         seconds=trained.seconds,
         trainable_parameters=trained.trainable_parameters,
+        chosen=trained.chosen,
     )
 
 

@@ -11,6 +11,7 @@ from qlora_trainer.stages.report.sections.files import exports, making, survived
 from qlora_trainer.stages.report.sections.loss import loss, promised
 from qlora_trainer.stages.report.sections.quantized import quantized
 from qlora_trainer.stages.report.sections.samples import samples
+from qlora_trainer.stages.report.sections.tasks import tasks
 from qlora_trainer.stages.report.sections.training import data, training
 from qlora_trainer.stages.report.tables import Tone
 
@@ -21,6 +22,7 @@ SECTIONS: tuple[Callable[[Shown], Section], ...] = (
     loss,
     exports,
     samples,
+    tasks,
     training,
     data,
     quantized,

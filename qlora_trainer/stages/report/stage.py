@@ -1,14 +1,15 @@
 """The report as a stage: what the run measured, composed and written into its folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_trainer.numerics.bootstrap import Resampling
 from qlora_trainer.recipe import Recipe
-from qlora_trainer.records import RunReport
+from qlora_trainer.records import RunReport, TaskRow
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.stages.report.figures import compose
 from qlora_trainer.stages.report.inputs import Circumstances, Measurements, Notes
 from qlora_trainer.stages.report.metrics import read_series
+from qlora_trainer.stages.report.tasks import still_true
 from qlora_trainer.stages.report.writing import write
 
 
@@ -27,12 +28,24 @@ class RowsInBrief:
     example: tuple[tuple[str, bool], ...]
 
 
+def resampling_of(recipe: Recipe) -> Resampling:
+    """How every interval of the recipe's report is drawn."""
+    plan = recipe.evaluation
+    return Resampling(resamples=plan.bootstrap_resamples, confidence=plan.confidence, seed=recipe.run.seed)
+
+
 def make(
-    recipe: Recipe, measurements: Measurements, *, folder: RunFolder, seconds: float, rows: RowsInBrief
+    recipe: Recipe,
+    measurements: Measurements,
+    *,
+    folder: RunFolder,
+    seconds: float,
+    rows: RowsInBrief,
+    tasks: tuple[TaskRow, ...] = (),
 ) -> RunReport:
     """Composes the report and writes report.json, report.md and report.html into the run folder."""
-    plan = recipe.evaluation
-    resampling = Resampling(resamples=plan.bootstrap_resamples, confidence=plan.confidence, seed=recipe.run.seed)
+    resampling = resampling_of(recipe)
+    asked, stale = still_true(tasks, measurements.exports)
     made = compose(
         measurements=measurements,
         circumstances=Circumstances(
@@ -40,11 +53,12 @@ def make(
             expected=recipe.expected,
             seconds=seconds,
             environment=folder.environment,
-            warnings=rows.notes,
+            warnings=(*rows.notes, *stale),
             ladder=recipe.ladder,
         ),
         resampling=resampling,
     )
+    made = replace(made, tasks=asked)
     notes = Notes(
         name=recipe.run.name,
         resampling=resampling,

@@ -13,6 +13,7 @@ from itertools import groupby
 from torch import nn
 
 from qlora_trainer.data.batches import Batch, BatchPlan, collate, collate_packed, training_micro_batches
+from qlora_trainer.data.store import row_lengths
 from qlora_trainer.errors import TrainingError
 from qlora_trainer.numerics.stored_bytes import optimizer_state_bytes
 from qlora_trainer.recipe import Recipe, bytes_of
@@ -146,15 +147,15 @@ class _Choosing:
 
     def _longest_batch(self, cut: Cut) -> Batch:
         settings, rows = self.recipe.training, self.inputs.rows
+        lengths = row_lengths(rows)
         plan = BatchPlan(
             micro_batch_size=cut.micro_batch_size,
             gradient_accumulation_steps=settings.batch_size // cut.micro_batch_size,
             seed=self.recipe.run.seed,
-            is_packed=settings.batching == "packed" and self.path.packs,
+            longest_row=max(lengths) if settings.batching == "packed" and self.path.packs else None,
         )
-        lengths = [len(row.token_ids) for row in rows]
         indexes = longest_micro_batch(lengths, plan, steps=settings.steps(len(rows)))
-        return collate_packed(rows, indexes) if plan.is_packed else collate(rows, indexes, self.inputs.pad_id)
+        return collate(rows, indexes, self.inputs.pad_id) if plan.capacity is None else collate_packed(rows, indexes)
 
 
 def longest_micro_batch(lengths: Sequence[int], plan: BatchPlan, *, steps: int) -> list[int]:
@@ -168,9 +169,9 @@ def longest_micro_batch(lengths: Sequence[int], plan: BatchPlan, *, steps: int) 
     two_epochs = -(-2 * len(lengths) // plan.batch_size)
 
     def tokens(indexes: list[int]) -> int:
-        if plan.is_packed:
-            return sum(lengths[index] for index in indexes)
-        return len(indexes) * max(lengths[index] for index in indexes)
+        if plan.capacity is None:
+            return len(indexes) * max(lengths[index] for index in indexes)
+        return sum(lengths[index] for index in indexes)
 
     return max(
         (batch for step in range(min(steps, two_epochs)) for batch in training_micro_batches(step, lengths, plan)),

@@ -99,7 +99,7 @@ class _Loop:
             micro_batch_size=settings.rows_at_a_time,
             gradient_accumulation_steps=settings.batch_size // settings.rows_at_a_time,
             seed=recipe.run.seed,
-            is_packed=settings.batching == "packed" and path.packs,
+            longest_row=max(self.lengths) if settings.batching == "packed" and path.packs else None,
         )
         self.optimizer = bnb.make_optimizer(
             settings.optimizer,
@@ -275,9 +275,9 @@ class _Loop:
         share = (self.world.rank, self.world.size)
         rows = self.inputs.rows
         micro_batches = training_micro_batches(self.progress.step, self.lengths, self.plan, share=share)
-        if self.plan.is_packed:
-            return [collate_packed(rows, indexes) for indexes in micro_batches]
-        return [collate(rows, indexes, self.inputs.pad_id) for indexes in micro_batches]
+        if self.plan.capacity is None:
+            return [collate(rows, indexes, self.inputs.pad_id) for indexes in micro_batches]
+        return [collate_packed(rows, indexes) for indexes in micro_batches]
 
     def _step_on(self, batches: list[Batch]) -> StepResult:
         return optimizer_step(

@@ -29,7 +29,7 @@ class Probe:
     """What was measured.
 
     Attributes:
-        tokens: of the micro-batch, padding not counted.
+        tokens: of the micro-batch; padding counts, because the passes work on it.
         seconds: of forward and backward pass.
         peak_bytes: resident (CPU) or reserved (CUDA).
     """

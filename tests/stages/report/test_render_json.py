@@ -8,8 +8,9 @@ from math import nan
 import pytest
 from pydantic import TypeAdapter
 
-from qlora_trainer.records import RunReport
-from qlora_trainer.stages.report import Measurements, Notes
+from qlora_trainer.numerics.bootstrap import Resampling
+from qlora_trainer.records import ChosenCut, Cut, RunReport, Trial
+from qlora_trainer.stages.report import Circumstances, Measurements, Notes, compose
 from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.page import lay_out
 from qlora_trainer.stages.report.render_json import render_json
@@ -49,6 +50,29 @@ def test_the_names_of_the_contract_are_there(report: RunReport) -> None:
     assert set(written["choice"]) == {"format", "why"}
 
 
+CHOSEN = ChosenCut(
+    cut=Cut(2, "selective"),
+    budget_bytes=3 * 2**30,
+    trials=(
+        Trial(Cut(4, "none"), predicted_bytes=2 * 2**30, peak_bytes=None, tokens_per_second=None),
+        Trial(Cut(2, "selective"), predicted_bytes=2**30, peak_bytes=2**30, tokens_per_second=812.0),
+    ),
+)
+
+
+def test_what_auto_tried_and_chose_is_told(
+    measurements: Measurements, circumstances: Circumstances, notes: Notes, resampling: Resampling
+) -> None:
+    found = replace(measurements, trained=replace(measurements.trained, chosen=CHOSEN))
+    report = compose(measurements=found, circumstances=circumstances, resampling=resampling)
+    written = render_json(report)
+    assert TypeAdapter(RunReport).validate_json(written).training.chosen == CHOSEN
+    assert json.loads(written)["training"]["chosen"]["cut"] == {"micro_batch_size": 2, "checkpointing": "selective"}
+    text = render_markdown(lay_out(Shown(report, found, notes)))
+    assert "Micro-batch chosen: **2 rows at a time, checkpointing selective**" in text
+    assert "4 rows at a time, checkpointing none: memory ran out" in text
+
+
 NEW_IN_EXPORTS = (
     "status",
     "bar",
@@ -68,6 +92,7 @@ def test_a_report_written_before_there_was_a_ladder_is_still_read_and_shown(
 ) -> None:
     written = json.loads(render_json(report))
     del written["merge_base"]
+    del written["training"]["chosen"]
     for export in written["exports"]:
         for name in NEW_IN_EXPORTS:
             del export[name]

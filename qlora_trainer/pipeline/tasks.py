@@ -1,0 +1,273 @@
+"""Tasks of lm-evaluation-harness on the models of a run, each pair of model and task once.
+
+Not imported with the rest of the pipeline: it needs the extra ``eval``.
+"""
+
+import gc
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import get_args
+
+from torch import nn
+
+from qlora_trainer.data.tokenizer import TextTokenizer
+from qlora_trainer.errors import RunFolderError
+from qlora_trainer.export_formats import missing_modules
+from qlora_trainer.pipeline.journey import run
+from qlora_trainer.pipeline.ledger import Ledger
+from qlora_trainer.pipeline.task_file import write_rows
+from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
+from qlora_trainer.records import BaseCheckpoint, QuantizedModel, TaskEvaluation, TaskRow
+from qlora_trainer.runtime.atomic import sha256_of_files
+from qlora_trainer.runtime.device import seed_everything, set_threads
+from qlora_trainer.runtime.progress import Observer, Silent
+from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
+from qlora_trainer.stages import adapt, base_model, quantize, report, tasks
+
+STAGES = ("base_16bit", "quantized_base", "adapter_unmerged", "merged_16bit")
+EXPORT_PREFIX = "export:"
+CARD = "README.md"
+OUTLANDISH = re.compile(r"[^\w.-]")
+"""What a task's name may hold and a file's name should not."""
+WIDEST = 4096
+"""Tokens of an item at most, whatever the base was made for."""
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """What is asked of which models.
+
+    Attributes:
+        tasks: names; ``probes`` stands for the package's own.
+        stages: names as in report.json; empty = every model of the run that can be opened here.
+        folder: the user's own task files; None = none.
+        limit: items of a task at most; None = all.
+        is_chat: whether items go through the base model's chat template.
+    """
+
+    tasks: tuple[str, ...]
+    stages: tuple[str, ...] = ()
+    folder: Path | None = None
+    limit: int | None = None
+    is_chat: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every task once, ``probes`` spelt out."""
+        parts = (tasks.PROBES if name == "probes" else (name,) for name in self.tasks)
+        return tuple(dict.fromkeys(name for part in parts for name in part))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where task files are looked for; the user's come last and win."""
+        return (tasks.PROBES_FOLDER, *([] if self.folder is None else [self.folder]))
+
+
+def evaluate_tasks(
+    recipe: Recipe, request: TaskRequest, *, observer: Observer | None = None, trust_remote_code: bool = False
+) -> tuple[TaskRow, ...]:
+    """Asks the tasks of each model; keeps the figures in the run's folder and, where there is a report, in that.
+
+    Args:
+        recipe: whose run it is.
+        request: what is asked.
+        observer: told of each pair of model and task.
+        trust_remote_code: allow Python code that comes with the model.
+
+    Returns:
+        The rows of this request, in the order of the models.
+
+    Raises:
+        RunFolderError: the run has no such model.
+        DataError: there is no such task, or it cannot be asked.
+    """
+    set_threads(recipe.run.threads)
+    seed_everything(recipe.run.seed)
+    watcher = observer or Silent()
+    root = Path(recipe.run.folder) / recipe.run.name
+    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder:
+        asking = Asking(recipe, request, folder, watcher, trust_remote_code=trust_remote_code)
+        rows = tasks.rows_of(asking.everything(), report.resampling_of(recipe))
+        write_rows(folder.tasks_json, rows)
+    if folder.report_json.is_file():
+        run(recipe, until="report", observer=watcher, trust_remote_code=trust_remote_code)
+    return rows
+
+
+class Asking:
+    """The models of one run, and what is asked of them."""
+
+    def __init__(
+        self, recipe: Recipe, request: TaskRequest, folder: RunFolder, observer: Observer, *, trust_remote_code: bool
+    ) -> None:
+        self.recipe, self.request, self.folder, self.observer = recipe, request, folder, observer
+        self.trust_remote_code = trust_remote_code
+        self.ledger = Ledger(folder, observer)
+
+    def everything(self) -> Iterator[TaskEvaluation]:
+        """Each model on each task, the model loaded where a task is new to it and let go before the next."""
+        subjects = [self.subject(name) for name in self.stages()]
+        with tasks.open_library(self.request.names, self.request.folders) as library:
+            for subject in subjects:
+                open_model = _once(partial(self._open, subject))
+                for name in library.names:
+                    evaluation = self._asked(name, subject, library, open_model)
+                    if evaluation.truncated:
+                        self.observer.note(
+                            f"{name} on {subject.stage}: {evaluation.truncated} requests were longer than "
+                            f"{evaluation.window} tokens; their beginning was cut off"
+                        )
+                    yield evaluation
+                del open_model
+                gc.collect()
+
+    def stages(self) -> tuple[str, ...]:
+        """The models that are asked.
+
+        Raises:
+            RunFolderError: the run has not one of those that were named.
+        """
+        there = tuple(self._there())
+        if not self.request.stages:
+            return tuple(self._openable(there))
+        wanted = tuple(_full(name) for name in self.request.stages)
+        absent = [name for name in wanted if name not in there]
+        if absent:
+            raise RunFolderError(
+                f"{self.folder.root} has no model {', '.join(absent)}. It has: {', '.join(there)}. What is missing is "
+                "made by: qlora-trainer run RECIPE"
+            )
+        if "export:gguf_adapter" in wanted:
+            raise RunFolderError(
+                "export:gguf_adapter runs only on a GGUF file of the base. Ask adapter_unmerged: the same adapter"
+            )
+        return wanted
+
+    def subject(self, name: str) -> tasks.TaskSubject:
+        """The files behind a name."""
+        if name == "base_16bit":
+            return tasks.TaskSubject(name, self.base.folder, None, base_model.content_key(self.base))
+        if name == "quantized_base":
+            return tasks.TaskSubject(name, self.quantized.folder, None, self.quantized.key)
+        if name in ("adapter_unmerged", "export:peft_adapter"):
+            adapter = self.folder.adapter if name == "adapter_unmerged" else self._export(name)
+            key = fingerprint(self.quantized.key, _content(adapter))
+            return tasks.TaskSubject(name, self.quantized.folder, adapter, key)
+        place = self.folder.merged if name in ("merged_16bit", "export:merged_16bit") else self._export(name)
+        model = next(iter(sorted(place.glob("*.gguf"))), place)
+        return tasks.TaskSubject(name, model, None, _content(place))
+
+    @cached_property
+    def base(self) -> BaseCheckpoint:
+        """The 16-bit base."""
+        return base_model.resolve(self.recipe.base_model, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def quantized(self) -> QuantizedModel:
+        """The quantized base, from the cache or made again."""
+        recipe, layers = self.recipe, adapt.choose_layers(self.base, self.recipe.lora)
+        key = base_model.content_key(self.base)
+        return quantize.quantize(self.base, recipe.quantization, lora=recipe.lora, layers=layers, content_key=key)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The base model's."""
+        return TextTokenizer.load(self.base.folder)
+
+    @cached_property
+    def plan(self) -> tasks.TaskPlan:
+        """How items are asked."""
+        return tasks.TaskPlan(
+            limit=self.request.limit,
+            batch_size=self.recipe.evaluation.batch_size,
+            window=min(WIDEST, _longest(self.base.folder)),
+            is_chat=self.request.is_chat,
+        )
+
+    def _asked(
+        self, name: str, subject: tasks.TaskSubject, library: tasks.Library, open_model: Callable[[], nn.Module]
+    ) -> TaskEvaluation:
+        settings = (name, self.plan.limit, self.plan.is_chat)
+        return self.ledger.once(
+            f"task {OUTLANDISH.sub('_', name)} {subject.stage} {fingerprint(*settings)[:8]}",
+            fingerprint(settings, subject.content, self.plan.window, self._task_files, tasks.HARNESS_VERSION),
+            TaskEvaluation,
+            make=lambda: tasks.run_task(
+                name, open_model(), self.tokenizer, library=library, plan=self.plan, subject=subject
+            ),
+            describe=lambda record: ", ".join(f"{score.metric} {score.value:.4g}" for score in record.scores),
+        )
+
+    @cached_property
+    def _task_files(self) -> tuple[str, ...]:
+        return tuple(tasks.folder_fingerprint(folder) for folder in self.request.folders)
+
+    def _open(self, subject: tasks.TaskSubject) -> nn.Module:
+        return tasks.open_subject(
+            subject,
+            compute_dtype=self.recipe.quantization.compute_dtype,
+            window=self.plan.window,
+            threads=self.recipe.run.threads,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def _there(self) -> Iterator[str]:
+        yield from ("base_16bit", "quantized_base")
+        if (self.folder.adapter / "adapter_config.json").is_file():
+            yield "adapter_unmerged"
+        if (self.folder.merged / "config.json").is_file():
+            yield from ("merged_16bit", "export:merged_16bit")
+        yield from (
+            f"{EXPORT_PREFIX}{name}" for name in get_args(ExportFormat) if (self.folder.exports / name).is_dir()
+        )
+
+    def _openable(self, there: Sequence[str]) -> Iterator[str]:
+        """All but those that are another name of a model, and those whose runtime is not here."""
+        for name in there:
+            if name in ("export:merged_16bit", "export:peft_adapter", "export:gguf_adapter"):
+                continue
+            missing = _missing(name)
+            if missing:
+                self.observer.note(f"{name} is not asked: {', '.join(missing)} is not installed here")
+            else:
+                yield name
+
+    def _export(self, stage: str) -> Path:
+        return self.folder.exports / stage.removeprefix(EXPORT_PREFIX)
+
+
+def _full(name: str) -> str:
+    return name if name in STAGES or name.startswith(EXPORT_PREFIX) else f"{EXPORT_PREFIX}{name}"
+
+
+def _missing(stage: str) -> tuple[str, ...]:
+    found = next((name for name in get_args(ExportFormat) if stage == f"{EXPORT_PREFIX}{name}"), None)
+    return () if found is None else missing_modules(found)
+
+
+def _content(folder: Path) -> str:
+    """Fingerprint of a file set; its card may change."""
+    return fingerprint({name: digest for name, digest in sha256_of_files(folder).items() if name != CARD})
+
+
+def _longest(folder: Path) -> int:
+    """Tokens that the base was made for, as its config.json says."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    return found if isinstance(found, int) else WIDEST
+
+
+def _once(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A model that is loaded when it is first asked for, and then kept."""
+    held: list[nn.Module] = []
+
+    def opened() -> nn.Module:
+        if not held:
+            held.append(make())
+        return held[0]
+
+    return opened

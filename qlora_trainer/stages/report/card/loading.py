@@ -1,0 +1,89 @@
+"""How the file of a card is loaded: text to copy."""
+
+import json
+import shlex
+from collections.abc import Iterator
+
+from qlora_trainer.stages.report.card.subject import CardSubject
+
+LORA_RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for ``--max-lora-rank``; an adapter takes the next one up."""
+Snippet = tuple[str, str, str]
+"""Title, language, text."""
+
+
+def snippets(subject: CardSubject) -> Iterator[Snippet]:
+    """Commands for transformers, PEFT, vLLM and llama.cpp, as far as they load this file."""
+    if subject.format == "peft_adapter":
+        yield from _adapter(subject)
+    elif subject.format == "gguf_adapter":
+        yield _llama_cpp(subject, "llama-server -m BASE.gguf --lora {file}", "BASE.gguf: a GGUF file of the base")
+    elif subject.format.startswith("gguf_"):
+        yield _llama_cpp(subject, "llama-server -m {file}", "")
+    else:
+        needs = " (needs: pip install gptqmodel optimum)" if subject.format.startswith("gptq_") else ""
+        yield f"transformers{needs}", "python", _transformers(json.dumps(subject.place))
+        if subject.format != "bitsandbytes_int8":
+            yield "vLLM (not started by this run)", "sh", f"vllm serve {shlex.quote(subject.place)}"
+
+
+def base_name(subject: CardSubject) -> str:
+    """What a command calls the base: its name on the hub, or a placeholder for a base that has none."""
+    return subject.base.hub_name or "PATH-OR-NAME-OF-THE-BASE"
+
+
+def _transformers(place: str) -> str:
+    return "\n".join(
+        (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained({place}, dtype="auto")',
+            f"tokenizer = AutoTokenizer.from_pretrained({place})",
+        )
+    )
+
+
+def _adapter(subject: CardSubject) -> Iterator[Snippet]:
+    base, place = json.dumps(base_name(subject)), json.dumps(subject.place)
+    settings = _base_settings(subject)
+    yield (
+        "PEFT, on the base as it was quantized for training",
+        "python",
+        "\n".join(
+            (
+                "import torch",
+                "from peft import PeftModel",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
+                "",
+                f"settings = BitsAndBytesConfig({settings})",
+                f"base = AutoModelForCausalLM.from_pretrained({base}, quantization_config=settings)",
+                f"model = PeftModel.from_pretrained(base, {place})",
+                f"tokenizer = AutoTokenizer.from_pretrained({base})",
+            )
+        ),
+    )
+    rank = next((known for known in LORA_RANKS_OF_VLLM if known >= subject.recipe.lora.rank), None)
+    if rank is not None and not subject.recipe.lora.use_dora:
+        name = subject.recipe.run.name
+        served = ["vllm", "serve", base_name(subject), "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
+        yield "vLLM (not started by this run)", "sh", shlex.join([*served, f"{name}={subject.place}"])
+
+
+def _base_settings(subject: CardSubject) -> str:
+    settings = subject.recipe.quantization
+    if settings.data_type == "int8":
+        return "load_in_8bit=True"
+    return (
+        f'load_in_4bit=True, bnb_4bit_quant_type="{settings.data_type}", '
+        f"bnb_4bit_use_double_quant={settings.doubly_quantized}, bnb_4bit_compute_dtype=torch.{settings.compute_dtype}"
+    )
+
+
+def _llama_cpp(subject: CardSubject, command: str, note: str) -> Snippet:
+    files = sorted(subject.export.sha256) if subject.export is not None else []
+    file = next((name for name in files if name.endswith(".gguf")), "model.gguf")
+    fetched = (
+        "" if subject.place == "." else f"hf download {shlex.quote(subject.place)} {shlex.quote(file)} --local-dir ."
+    )
+    lines = [f"# {note}" if note else "", fetched, command.format(file=shlex.quote(file))]
+    return "llama.cpp", "sh", "\n".join(line for line in lines if line)

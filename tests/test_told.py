@@ -1,0 +1,125 @@
+"""What trackers are told of a whole run, and that no key of the machine is in anything that it leaves."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer import pipeline
+from qlora_trainer.errors import MissingPackageError
+from qlora_trainer.pipeline.telling import samples
+from qlora_trainer.preflight import check
+from qlora_trainer.records import Evaluation, RunReport, Sample, Score
+from qlora_trainer.runtime import tracking
+from qlora_trainer.runtime.tracked_run import Table
+from tests.runtime.test_tracking import finished_records, values
+from tests.test_pipeline import recipe_for
+
+SECRETS = {
+    "WANDB_API_KEY": "5ec7e7" * 6 + "abcd",
+    "HF_TOKEN": "hf_" + "SecretOfThisMachine" * 2,
+    "HUGGING_FACE_HUB_TOKEN": "hf_" + "OtherSecretOfIt" * 2,
+}
+
+
+@pytest.fixture(scope="module")
+def told(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunReport]:
+    """A finished run, told to wandb (offline) and, where it is installed, TensorBoard, on a machine with logins."""
+    folder = tmp_path_factory.mktemp("told")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+            patch.setenv(name, str(folder / "home"))
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        recipe = recipe_for(
+            llama_folder,
+            folder,
+            export={"formats": ["peft_adapter", "compressed_tensors_w8a16"]},
+            training={"max_steps": 6},
+            tracking={
+                "wandb": "offline",
+                "tensorboard": find_spec("tensorboard") is not None,
+                "project": "toys",
+                "name": "shown name",
+                "group": "seeds",
+                "tags": ["one"],
+            },
+        )
+        report = pipeline.run(recipe)
+    assert report is not None
+    return folder / "runs" / "tiny", report
+
+
+def test_no_key_of_the_machine_is_in_anything_that_a_run_leaves(told: tuple[Path, RunReport]) -> None:
+    root, _ = told
+    files = [path for path in root.parent.parent.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert {"log.txt", "report.html", "recipe.yaml", "environment.json"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert [name for name, value in SECRETS.items() if value.encode() in content] == [], path
+
+
+def test_wandb_hears_names_figures_tables_outputs_and_the_page(told: tuple[Path, RunReport]) -> None:
+    root, report = told
+    records = finished_records(root)
+    run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.display_name, run.run_group, list(run.tags)) == ("toys", "shown name", "seeds", ["one"])
+    summary = {}
+    for record in records:
+        summary |= values(record.summary.update)
+    assert summary["test/adapter_unmerged/nats_per_token"] == report.stages[2].nats_per_token
+    assert summary["run/status"] == report.status
+    shown = {key.partition(".")[0] for key in summary if key.endswith("._type")}
+    assert {"gap", "gap_bars_table", "exports", "samples", "ladder", "report"} <= shown
+    assert {"train/nats_per_token", "train/learning_rate", "train/gradient_norm", "train/tokens"} <= summary.keys()
+    assert {"train/memory_bytes", "validation/nats_per_token"} <= summary.keys()
+    (page,) = root.glob("wandb/offline-run-*/files/media/html/report_*.html")
+    assert page.read_text(encoding="utf-8") == (root / "report.html").read_text(encoding="utf-8")
+    (table,) = root.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
+    outputs = json.loads(table.read_text())
+    assert outputs["columns"][:4] == ["prompt", "reference", "base_16bit", "quantized_base"]
+    assert len(outputs["data"]) == 4
+    assert all(isinstance(cell, str) for row in outputs["data"] for cell in row)
+
+
+def test_artifacts_name_what_they_were_made_from(told: tuple[Path, RunReport]) -> None:
+    root, report = told
+    logged = [record.artifact for record in finished_records(root) if record.WhichOneof("record_type") == "artifact"]
+    artifacts = [each for each in logged if each.type != "run_table"]
+    by_name = {each.name: each for each in artifacts}
+    # What was used comes first, then what was made of it.
+    assert [each.type for each in artifacts[:2]] == ["model", "dataset"]
+    adapter = json.loads(by_name["tiny-adapter"].metadata)
+    base, data = (json.loads(each.metadata) for each in artifacts[:2])
+    assert adapter["made_from"] == {artifacts[0].name: base, artifacts[1].name: data}
+    assert len(base["content_sha256"]) == len(data["tokens_sha256"]) == 64
+    held = {entry.path for entry in by_name["tiny-adapter"].manifest.contents}
+    assert {"identity.json", "adapter_config.json", "adapter_model.safetensors"} <= held
+    # Exports are not uploaded unless that is asked for; their sums stand for them.
+    export = by_name["tiny-compressed_tensors_w8a16"]
+    assert [entry.path for entry in export.manifest.contents] == ["identity.json"]
+    (figures,) = [each for each in report.exports if each.format == "compressed_tensors_w8a16"]
+    assert json.loads(export.metadata)["sha256"] == figures.sha256
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_trained(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
+    recipe = recipe_for(llama_folder, tmp_path, tracking={"tensorboard": True, "trackio": True})
+    mend = r"tracking\.tensorboard and tracking\.trackio: .* pip install 'qlora-trainer\[tensorboard,trackio\]'"
+    with pytest.raises(MissingPackageError, match=mend):
+        pipeline.run(recipe)
+    assert not (tmp_path / "quantized").exists()
+    assert any("tracking.tensorboard" in problem for problem in check(recipe).problems)
+
+
+def test_outputs_of_the_stages_stand_side_by_side() -> None:
+    def evaluation(stage: str, *outputs: str) -> Evaluation:
+        asked = tuple(Sample(f"q{number}", "r", output) for number, output in enumerate(outputs))
+        return Evaluation(stage, "transformers", Score(1.0, (1.0, 1.0)), {}, (), (), 1, 1.0, None, 1, asked)
+
+    table = samples([evaluation("base", "a", "b"), evaluation("silent"), evaluation("tuned", "c")])
+    assert table == Table(("prompt", "reference", "base", "tuned"), [["q0", "r", "a", "c"], ["q1", "r", "b", None]])
