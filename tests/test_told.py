@@ -1,12 +1,16 @@
 """What trackers are told of a whole run, and that no key of the machine is in anything that it leaves."""
 
 import json
+import os
+import pickle
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from qlora_trainer import pipeline
+from qlora_trainer import pipeline, recipe_file
 from qlora_trainer.errors import MissingPackageError
 from qlora_trainer.pipeline.telling import samples
 from qlora_trainer.preflight import check
@@ -16,6 +20,13 @@ from qlora_trainer.runtime.tracked_run import Table
 from tests.runtime.test_tracking import finished_records, values
 from tests.test_pipeline import recipe_for
 
+RUN = """
+import pickle, sys
+from pathlib import Path
+from qlora_trainer import load_recipe, pipeline
+report = pipeline.run(load_recipe(sys.argv[1]))
+Path(sys.argv[2]).write_bytes(pickle.dumps(report))
+"""
 SECRETS = {
     "WANDB_API_KEY": "5ec7e7" * 6 + "abcd",
     "HF_TOKEN": "hf_" + "SecretOfThisMachine" * 2,
@@ -27,27 +38,28 @@ SECRETS = {
 def told(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunReport]:
     """A finished run, told to wandb (offline) and, where it is installed, TensorBoard, on a machine with logins."""
     folder = tmp_path_factory.mktemp("told")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-            patch.setenv(name, str(folder / "home"))
-        for name, value in SECRETS.items():
-            patch.setenv(name, value)
-        recipe = recipe_for(
-            llama_folder,
-            folder,
-            export={"formats": ["peft_adapter", "compressed_tensors_w8a16"]},
-            training={"max_steps": 6},
-            tracking={
-                "wandb": "offline",
-                "tensorboard": find_spec("tensorboard") is not None,
-                "project": "toys",
-                "name": "shown name",
-                "group": "seeds",
-                "tags": ["one"],
-            },
-        )
-        report = pipeline.run(recipe)
-    assert report is not None
+    places = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
+    recipe = recipe_for(
+        llama_folder,
+        folder,
+        export={"formats": ["peft_adapter", "compressed_tensors_w8a16"]},
+        training={"max_steps": 6},
+        tracking={
+            "wandb": "offline",
+            "tensorboard": find_spec("tensorboard") is not None,
+            "project": "toys",
+            "name": "shown name",
+            "group": "seeds",
+            "tags": ["one"],
+        },
+    )
+    (folder / "recipe.yaml").write_text(recipe_file.dump(recipe), encoding="utf-8")
+    # In a process of its own: other tests break wandb in this one on purpose.
+    environment = os.environ | dict.fromkeys(places, str(folder / "home")) | SECRETS
+    command = [sys.executable, "-c", RUN, str(folder / "recipe.yaml"), str(folder / "report.pickle")]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    report = pickle.loads((folder / "report.pickle").read_bytes())
+    assert isinstance(report, RunReport)
     return folder / "runs" / "tiny", report
 
 

@@ -14,7 +14,6 @@ from typing import get_args
 
 from torch import nn
 
-from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.errors import RunFolderError
 from qlora_trainer.export_formats import missing_modules
 from qlora_trainer.pipeline.journey import run
@@ -174,9 +173,9 @@ class Asking:
         return quantize.quantize(self.base, recipe.quantization, lora=recipe.lora, layers=layers, content_key=key)
 
     @cached_property
-    def tokenizer(self) -> TextTokenizer:
+    def tokenizer(self) -> tasks.TextTokenizer:
         """The base model's."""
-        return TextTokenizer.load(self.base.folder)
+        return tasks.TextTokenizer.load(self.base.folder)
 
     @cached_property
     def plan(self) -> tasks.TaskPlan:

@@ -4,6 +4,7 @@
 finds task files, ``table`` sets the models side by side. The harness is imported here and nowhere else.
 """
 
+from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.stages.tasks.folders import PROBES, PROBES_FOLDER, folder_fingerprint
 from qlora_trainer.stages.tasks.harness import HARNESS_VERSION, Library, TaskPlan, open_library, run_task
 from qlora_trainer.stages.tasks.subject import TaskSubject, open_subject
@@ -16,6 +17,7 @@ __all__ = [
     "Library",
     "TaskPlan",
     "TaskSubject",
+    "TextTokenizer",
     "folder_fingerprint",
     "open_library",
     "open_subject",

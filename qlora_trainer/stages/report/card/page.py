@@ -18,7 +18,6 @@ REFERENCE_STAGES = {
     "adapter_unmerged": "base and adapter, as trained",
 }
 RECIPE_SECTIONS = ("quantization", "lora", "data", "training", "merge")
-FILES_OF_DATA = ("train", "validation", "test")
 VERSIONS = ("qlora-trainer", "torch", "transformers", "peft", "bitsandbytes", "compressed-tensors")
 
 
@@ -128,9 +127,11 @@ def _recipe(subject: CardSubject) -> Iterator[str]:
     yield "## Recipe"
     plain = subject.recipe.model_dump(mode="json", include=set(RECIPE_SECTIONS), exclude_none=True)
     plain["quantization"].pop("cache_folder")
-    for name in FILES_OF_DATA:
-        if name in plain["data"]:
-            plain["data"][name] = Path(plain["data"][name]).name
+    plain["data"].pop("cache_folder")
+    data = subject.recipe.data
+    for name, side in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        if side is not None:
+            plain["data"][name] = source_names(side)
     yield fenced("\n".join(line for name in RECIPE_SECTIONS for line in _section(name, plain[name])), "yaml")
 
 
