@@ -13,7 +13,10 @@ def output_head(model: nn.Module) -> OutputHead | None:
     Whether the model's logits are these has to be shown by comparing them: a config does not tell everything.
     """
     door: Any = model
-    head = door.get_output_embeddings()
+    try:
+        head = door.get_output_embeddings()
+    except AttributeError:  # another runtime behind the same calls, such as llama.cpp
+        return None
     if type(head) is not nn.Linear or head.weight.requires_grad or not head.weight.is_floating_point():
         return None
     settings = door.config.get_text_config().to_dict()

@@ -185,6 +185,26 @@ def test_a_model_with_another_output_layer_keeps_its_own_logits() -> None:
     assert loss == pytest.approx(models_own(model, ROWS)[0], rel=1e-5)
 
 
+def test_another_runtime_behind_the_same_calls_is_scored_by_its_logits() -> None:
+    class Other(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+            self.answer = model.forward
+
+        def forward(self, input_ids: Tensor, *, logits_to_keep: Tensor, use_cache: bool) -> Any:
+            return self.answer(input_ids=input_ids, logits_to_keep=logits_to_keep, use_cache=use_cache)
+
+    model = model_of("llama").eval()
+    batch = collate(ROWS, range(4), 2)
+    with torch.no_grad():
+        path = find_loss_path(Other(model))
+        found = path.nats_by_row(Other(model), batch.token_ids, batch.labels)
+        wanted = find_loss_path(model).nats_by_row(model, batch.token_ids, batch.labels)
+    assert (path.head, path.packs) == (None, False)
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_layer_with_a_kind_of_attention_that_is_not_known_is_told() -> None:
     model = model_of("llama")
     attention: Any = model.get_submodule("model.layers.0.self_attn")
