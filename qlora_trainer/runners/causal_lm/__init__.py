@@ -8,6 +8,14 @@
 from qlora_trainer.runners.causal_lm.checkpointing import Checkpointing, set_checkpointing
 from qlora_trainer.runners.causal_lm.lean import make_lean
 from qlora_trainer.runners.causal_lm.logits import label_logits
-from qlora_trainer.runners.causal_lm.loss_path import LossPath, find_loss_path
+from qlora_trainer.runners.causal_lm.loss_path import LossPath, find_loss_path, find_scoring_path
 
-__all__ = ["Checkpointing", "LossPath", "find_loss_path", "label_logits", "make_lean", "set_checkpointing"]
+__all__ = [
+    "Checkpointing",
+    "LossPath",
+    "find_loss_path",
+    "find_scoring_path",
+    "label_logits",
+    "make_lean",
+    "set_checkpointing",
+]

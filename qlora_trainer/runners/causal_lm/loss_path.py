@@ -5,8 +5,8 @@ off its name: it is tried on two short documents and compared with what the mode
 allow is done in the ordinary way, and ``why_not`` says so.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,29 +75,45 @@ class LossPath:
 
 def find_loss_path(model: nn.Module) -> LossPath:
     """Tries the lean ways on the model; leaves weights, random states and mode as they were."""
+    with _undisturbed(model):
+        path, documents, answers = _with_head(model)
+        if path.head is None:
+            return path
+        why_not = _what_leaks(model, path.head, documents, torch.cat(answers, dim=1))
+        return LossPath(path.head, packs=not why_not, why_not=why_not)
+
+
+def find_scoring_path(model: nn.Module) -> LossPath:
+    """``find_loss_path`` for rows side by side: whether documents may be packed is not tried."""
+    with _undisturbed(model):
+        return _with_head(model)[0]
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and the model's own mode again behind it."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return _proven(model)
+            yield
     finally:
         model.train(was_training)
 
 
-def _proven(model: nn.Module) -> LossPath:
+def _with_head(model: nn.Module) -> tuple[LossPath, list[Tensor], list[Tensor]]:
+    """The path that does not pack, the probed documents, and the model's own logits of each."""
     head = output_head(model)
     if head is None:
-        return LossPath(None, packs=False, why_not="its output head is no plain linear layer")
+        return LossPath(None, packs=False, why_not="its output head is no plain linear layer"), [], []
     documents = _probe_documents(head)
     device = head.weight.device
     answers = [model(input_ids=ids.to(device), use_cache=False).logits for ids in documents]
-    if not all(
-        _agree(head.logits(_hidden_states(model, ids.to(device), None)), answer)
-        for ids, answer in zip(documents, answers, strict=True)
-    ):
-        return LossPath(None, packs=False, why_not="its logits are not those of its output layer alone")
-    why_not = _what_leaks(model, head, documents, torch.cat(answers, dim=1))
-    return LossPath(head, packs=not why_not, why_not=why_not)
+    pairs = zip(documents, answers, strict=True)
+    if all(_agree(head.logits(_hidden_states(model, ids.to(device), None)), answer) for ids, answer in pairs):
+        return LossPath(head, packs=False), documents, answers
+    why_not = "its logits are not those of its output layer alone"
+    return LossPath(None, packs=False, why_not=why_not), documents, answers
 
 
 def _what_leaks(model: nn.Module, head: OutputHead, documents: Sequence[Tensor], wanted: Tensor) -> str:

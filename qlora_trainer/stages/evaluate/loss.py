@@ -10,7 +10,7 @@ from torch import nn
 from qlora_trainer.data.batches import collate, evaluation_batches
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.data.store import row_label_counts, row_lengths
-from qlora_trainer.runners.causal_lm import find_loss_path
+from qlora_trainer.runners.causal_lm import find_scoring_path
 from qlora_trainer.runtime.progress import counted
 
 
@@ -40,7 +40,7 @@ class RowLosses:
 def row_losses(model: nn.Module, rows: Sequence[EncodedRow], *, batch_size: int, pad_id: int) -> RowLosses:
     """Scores every row; leaves the model in eval mode."""
     model.eval()
-    path = find_loss_path(model)
+    path = find_scoring_path(model)
     nats = [0.0] * len(rows)
     began = time.perf_counter()
     batches = evaluation_batches(row_lengths(rows), batch_size)
