@@ -18,6 +18,7 @@ SHORT = {
     "merged_16bit": "merged",
 }
 """Names of report.json, and the shorter ones that are typed."""
+EXPORT_PREFIX = "export:"
 ADAPTER = "peft_adapter"
 GGUF_ADAPTER = "gguf_adapter"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,8 +45,7 @@ class RunModels:
         """
         if at is None:
             return self.recommended
-        name = at.removeprefix("export:")
-        name = SHORT.get(name, name)
+        name = short_name(at)
         if name not in self.names:
             near = difflib.get_close_matches(name, self.names, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -60,6 +60,20 @@ class ServeCommand:
     server: str
     command: str
     notes: tuple[str, ...] = ()
+
+
+def short_name(name: str) -> str:
+    """``merged`` for ``merged_16bit`` and ``export:merged_16bit`` alike; a short name is its own."""
+    plain = name.removeprefix(EXPORT_PREFIX)
+    return SHORT.get(plain, plain)
+
+
+def stage_name(name: str) -> str:
+    """The name in report.json: ``base_16bit`` for ``base``, ``export:gguf_q8_0`` for ``gguf_q8_0``."""
+    plain = name.removeprefix(EXPORT_PREFIX)
+    if plain != name or plain in SHORT:
+        return name
+    return next((stage for stage, short in SHORT.items() if short == name), f"{EXPORT_PREFIX}{name}")
 
 
 def models_of(folder: RunFolder) -> RunModels:

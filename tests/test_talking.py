@@ -95,7 +95,7 @@ def test_characters_of_several_tokens_come_whole(finished: tuple[Recipe, RunFold
     recipe, _ = finished
     tokenizer = pipeline.talk(recipe, "base").tokenizer
     text = "né 日本"
-    voice = Voice("x", recipe.data, tokenizer, Recited([*tokenizer.encode(text), tokenizer.stop_ids[0]]))
+    voice = Voice("x", recipe.data, tokenizer, None, Recited([*tokenizer.encode(text), tokenizer.stop_ids[0]]))
     pieces = list(voice.answer(ASKED, GREEDY, max_new_tokens=100))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -106,7 +106,7 @@ def test_text_recipes_know_one_prompt_and_no_answer_without_a_question(finished:
     tokenizer = pipeline.talk(recipe, "base").tokenizer
     data = Data(train="x", validation_rows=1, test_rows=1, render="text", text_template="Q: {prompt}\n")
     recited = Recited([tokenizer.stop_ids[0]])
-    voice = Voice("x", data, tokenizer, recited)
+    voice = Voice("x", data, tokenizer, None, recited)
     assert "".join(voice.answer(ASKED, GREEDY, max_new_tokens=5)) == ""
     assert recited.heard == [tokenizer.bos_id, *tokenizer.encode("Q: Remind me at 203\n")]
     with pytest.raises(DataError, match="the last message must be the user's"):
@@ -173,7 +173,7 @@ def test_two_models_stand_side_by_side_on_a_terminal(finished: tuple[Recipe, Run
     data, tokenizer = recipe.data, pipeline.talk(recipe, "base").tokenizer
     stop = tokenizer.stop_ids[0]
     voices = [
-        Voice(name, data, tokenizer, Recited([*tokenizer.encode(text), stop]))
+        Voice(name, data, tokenizer, None, Recited([*tokenizer.encode(text), stop]))
         for name, text in (("one", "first \x1b[31m"), ("two", "second, longer"))
     ]
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)

@@ -109,8 +109,8 @@ def text(llama_folder: Path) -> TextTokenizer:
 
 
 @pytest.fixture(scope="module")
-def subject(llama_folder: Path) -> TaskSubject:
-    return TaskSubject("base_16bit", llama_folder, None, "abc")
+def subject() -> TaskSubject:
+    return TaskSubject("base_16bit", "transformers", "abc")
 
 
 @pytest.fixture(scope="module")
