@@ -19,7 +19,8 @@ from qlora_trainer.recipe import Data, Recipe
 from qlora_trainer.runners import vllm
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.serving import LORA_RANKS, models_of, serve_commands
-from qlora_trainer.stages.converse import Voice
+from qlora_trainer.stages.converse import Voice, prompt_ids
+from tests.finished import FinishedRun
 from tests.test_pipeline import recipe_for
 
 FORMATS = ("peft_adapter", "merged_16bit", "compressed_tensors_w8a16")
@@ -123,6 +124,88 @@ class Recited:
         self.heard = self.heard or list(token_ids)
         said = start + len(token_ids) - len(self.heard)
         return torch.nn.functional.one_hot(torch.tensor(self.token_ids[said]), 400).float()
+
+
+@pytest.mark.parametrize(
+    ("room", "problem"), [(3, "answer is cut off"), (0, "Ask more briefly"), (-2, "Ask more briefly")]
+)
+def test_a_conversation_beyond_the_window_is_told(finished: tuple[Recipe, RunFolder], room: int, problem: str) -> None:
+    recipe, _ = finished
+    tokenizer = pipeline.talk(recipe, "base").tokenizer
+    text = tokenizer.encode("never ending")
+    window = len(prompt_ids(ASKED, recipe.data, tokenizer)) + room
+    voice = Voice("merged", recipe.data, tokenizer, window, Recited(text))
+    pieces: list[str] = []
+    with pytest.raises(DataError, match=f"merged reads {window} tokens at most.*{problem}"):
+        pieces.extend(voice.answer(ASKED, GREEDY, max_new_tokens=100))
+    assert "".join(pieces) == tokenizer.decode(text[: max(0, room)], skip_special=True)
+
+
+def test_an_answer_that_ends_with_the_window_is_whole(finished: tuple[Recipe, RunFolder]) -> None:
+    recipe, _ = finished
+    tokenizer = pipeline.talk(recipe, "base").tokenizer
+    text = [*tokenizer.encode("whole"), tokenizer.stop_ids[0]]
+    window = len(prompt_ids(ASKED, recipe.data, tokenizer)) + len(text)
+    voice = Voice("merged", recipe.data, tokenizer, window, Recited(text))
+    assert voice.say(ASKED[0]["content"], max_new_tokens=100) == "whole"
+
+
+def test_models_speak_with_the_chat_template_of_the_recipe(finished: tuple[Recipe, RunFolder], tmp_path: Path) -> None:
+    recipe, _ = finished
+    own = (Path(f"{recipe.base_model.path}") / "chat_template.jinja").read_text(encoding="utf-8")
+    (tmp_path / "mine.jinja").write_text(own.replace("{{ bos_token }}", "{{ bos_token }}Mine: "), encoding="utf-8")
+    update = {"chat_template": str(tmp_path / "mine.jinja"), "cache_folder": str(tmp_path / "rows")}
+    mine = recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+    heard = [
+        prompt_ids(ASKED, voice.data, voice.tokenizer)
+        for voice in (pipeline.talk(each, "base") for each in (recipe, mine))
+    ]
+    tokenizer = pipeline.talk(recipe, "base").tokenizer
+    assert heard[1] == [tokenizer.bos_id, *tokenizer.encode("Mine: "), *heard[0][1:]]
+
+
+# Files for llama.cpp.
+
+
+@pytest.mark.gguf
+def test_a_gguf_file_says_what_the_evaluation_has_measured(gguf_run: FinishedRun) -> None:
+    kept = json.loads((gguf_run.root / "stages" / "export-gguf_q8_0.json").read_text(encoding="utf-8"))
+    samples = kept["record"]["evaluation"]["samples"]
+    assert samples
+    voice = pipeline.talk(gguf_run.recipe, "gguf_q8_0")
+    assert voice.window == 512, "what the base was made for is less than llama.cpp would be given"
+    for sample in samples:
+        assert voice.say(sample["prompt"], max_new_tokens=4).strip() == sample["output"]
+
+
+@pytest.mark.gguf
+def test_two_gguf_files_hold_a_conversation_each(gguf_run: FinishedRun) -> None:
+    code, out, err = invoke(
+        *("chat", gguf_run.root, "--at", "gguf_q8_0", "--compare", "gguf_q6_k", "--max-new-tokens", "6"),
+        said="Remind me at 3\nAnd at 4\n/new\nRemind me at 3\n\n",
+    )
+    assert (code, err) == (0, "")
+    answers = {}
+    for name in ("gguf_q8_0", "gguf_q6_k"):
+        voice = pipeline.talk(gguf_run.recipe, name)
+        first = voice.say("Remind me at 3", max_new_tokens=6)
+        asked = [
+            {"role": "user", "content": "Remind me at 3"},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": "And at 4"},
+        ]
+        answers[name] = [first, "".join(voice.answer(asked, GREEDY, max_new_tokens=6)), first]
+    turns = (f"[{name}]\n{answers[name][turn]}\n" for turn in range(3) for name in answers)
+    assert out.partition("forgets.\n")[2] == "".join(turns)
+
+
+@pytest.mark.gguf
+def test_a_prompt_that_a_gguf_file_has_no_room_for_is_told_without_a_traceback(gguf_run: FinishedRun) -> None:
+    code, _, err = invoke("chat", gguf_run.root, "--at", "gguf_q8_0", said="at 3 " * 400 + "\nnever asked\n")
+    assert code == 2
+    assert "gguf_q8_0 reads 512 tokens at most" in err
+    code, _, err = invoke("chat", gguf_run.root, "--at", "gguf_adapter", said="x\n")
+    assert (code, "Take trained (adapter_unmerged): the same adapter" in err) == (2, True)
 
 
 # Commands.
