@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -32,6 +33,19 @@ SECRETS = {
     "HF_TOKEN": "hf_" + "SecretOfThisMachine" * 2,
     "HUGGING_FACE_HUB_TOKEN": "hf_" + "OtherSecretOfIt" * 2,
 }
+GIT_TOKEN = "ghp_" + "TokenOfTheRemote" * 2
+UNCOMMITTED = "password = 'not yet committed'"
+
+
+def working_copy(folder: Path, remote: str) -> Path:
+    """A git repository whose remote holds a token, with a file of which a line is not committed."""
+    folder.mkdir()
+    author = ("-c", "user.name=me", "-c", "user.email=me@localhost")
+    (folder / "settings.py").write_text("", encoding="utf-8")
+    for command in (("init", "-q"), ("remote", "add", "origin", remote), ("add", "."), ("commit", "-qm", "one")):
+        subprocess.run(["git", *author, *command], cwd=folder, check=True, capture_output=True)
+    (folder / "settings.py").write_text(f"{UNCOMMITTED}\n", encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +71,10 @@ def told(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     # In a process of its own: other tests break wandb in this one on purpose.
     environment = os.environ | dict.fromkeys(places, str(folder / "home")) | SECRETS
     command = [sys.executable, "-c", RUN, str(folder / "recipe.yaml"), str(folder / "report.pickle")]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    # wandb looks where the program was started, and takes a password out of an address, but not a user's name.
+    place = working_copy(folder / "work", f"https://{GIT_TOKEN}:x-oauth-basic@host/owner/repository")
+    subprocess.run(command, cwd=place, env=environment, check=True, capture_output=True)
+    shutil.rmtree(place)
     report = pickle.loads((folder / "report.pickle").read_bytes())
     assert isinstance(report, RunReport)
     return folder / "runs" / "tiny", report
@@ -71,6 +88,8 @@ def test_no_key_of_the_machine_is_in_anything_that_a_run_leaves(told: tuple[Path
     for path in files:
         content = path.read_bytes()
         assert [name for name, value in SECRETS.items() if value.encode() in content] == [], path
+        assert GIT_TOKEN.encode() not in content, path
+        assert UNCOMMITTED.encode() not in content, path
 
 
 def test_wandb_hears_names_figures_tables_outputs_and_the_page(told: tuple[Path, RunReport]) -> None:
