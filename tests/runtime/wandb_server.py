@@ -55,6 +55,21 @@ class Version:
 
 
 @dataclass
+class Sweep:
+    """A sweep as the server knows it.
+
+    Attributes:
+        config: YAML, as the client gave it.
+        trials: settings of the runs that an agent is to start, by run id, one after the other.
+        states: what agents told of their runs at each heartbeat.
+    """
+
+    config: str
+    trials: dict[str, dict[str, Any]] = field(default_factory=dict)
+    states: list[dict[str, bool]] = field(default_factory=list)
+
+
+@dataclass
 class Server:
     """Address and runs of a server that answers.
 
@@ -62,11 +77,15 @@ class Server:
         url: to be given as WANDB_BASE_URL.
         runs: by their id.
         versions: of artifacts, in the order in which they were made.
+        sweeps: by their name.
+        files: content of everything that was uploaded, by its name.
     """
 
     url: str = ""
     runs: dict[str, Told] = field(default_factory=dict)
     versions: list[Version] = field(default_factory=list)
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
     def graphql(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Answers a query by its name; an empty answer will do for those that are not here."""
@@ -80,8 +99,8 @@ class Server:
             run.starts += variables.get("displayName") is not None
             run.sweep = variables.get("sweep") or run.sweep
             return {"upsertBucket": {"bucket": bucket(variables["name"], run), "inserted": run.starts == 1}}
-        if name in ARTIFACT_QUERIES:
-            return ARTIFACT_QUERIES[name](self, variables.get("input") or variables)
+        if name in QUERIES:
+            return QUERIES[name](self, variables.get("input") or variables)
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
@@ -179,7 +198,44 @@ def artifact_by_id(server: Server, given: dict[str, Any]) -> dict[str, Any]:
     return {"artifact": fragment}
 
 
-ARTIFACT_QUERIES = {
+def upsert_sweep(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """A new sweep."""
+    name = f"sweep{len(server.sweeps) + 1}"
+    server.sweeps[name] = Sweep(given["config"])
+    return {"upsertSweep": {"sweep": {"name": name, "project": OWNER}, "configValidationWarnings": []}}
+
+
+def sweep_with_runs(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """A sweep as the API shows it."""
+    sweep = server.sweeps[given["sweep"]]
+    shown = {"id": given["sweep"], "name": given["sweep"], "state": "RUNNING", "config": sweep.config}
+    return {"project": {"sweep": {**shown, "runs": {"edges": []}}}}
+
+
+def create_agent(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """An agent of a sweep, known by the sweep's name."""
+    return {"createAgent": {"agent": {"id": given["sweep"]}}}
+
+
+def heartbeat(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """What an agent is to do: the next trial once its last one has ended, and to exit after the last of all."""
+    sweep, running = server.sweeps[given["id"]], json.loads(given["runState"])
+    sweep.states.append(running)
+    commands: list[dict[str, Any]] = []
+    if not running and sweep.trials:
+        run_id = next(iter(sweep.trials))
+        settings = {name: {"value": value} for name, value in sweep.trials.pop(run_id).items()}
+        commands = [{"id": run_id, "type": "run", "run_id": run_id, "program": "qlora-trainer", "args": settings}]
+    elif not running:
+        commands = [{"id": "end", "type": "exit"}]
+    return {"agentHeartbeat": {"agent": {"id": given["id"]}, "commands": json.dumps(commands)}}
+
+
+QUERIES = {
+    "UpsertSweep": upsert_sweep,
+    "SweepWithRuns": sweep_with_runs,
+    "CreateAgent": create_agent,
+    "Heartbeat": heartbeat,
     "ArtifactByID": artifact_by_id,
     "CreateArtifact": create_artifact,
     "CreateArtifactManifest": create_manifest,
