@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote, unquote
 
 API_KEY = "0123456789" * 4
 OWNER = {"id": "P", "name": "project", "entity": {"id": "E", "name": "me"}}
@@ -39,6 +40,7 @@ class Version:
         digest: of its manifest.
         metadata: as the client gave it.
         manifest: what it holds, as uploaded.
+        files: content of its files that were uploaded, by their names in it.
         made_by: id of the run that logged it; None where it was only used.
         used_by: ids of the runs that it was an input of.
         state: ``COMMITTED`` once it is whole.
@@ -50,6 +52,7 @@ class Version:
     metadata: dict[str, Any]
     made_by: str | None
     manifest: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
     used_by: list[str] = field(default_factory=list)
     state: str = "PENDING"
 
@@ -78,14 +81,12 @@ class Server:
         runs: by their id.
         versions: of artifacts, in the order in which they were made.
         sweeps: by their name.
-        files: content of everything that was uploaded, by its name.
     """
 
     url: str = ""
     runs: dict[str, Told] = field(default_factory=dict)
     versions: list[Version] = field(default_factory=list)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
 
     def graphql(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Answers a query by its name; an empty answer will do for those that are not here."""
@@ -144,7 +145,7 @@ def create_files(server: Server, given: dict[str, Any]) -> dict[str, Any]:
                 "id": f"X{index}",
                 "name": spec["name"],
                 "displayName": spec["name"],
-                "uploadUrl": f"{server.url}/upload/{index}",
+                "uploadUrl": f"{server.url}/artifact/{spec['artifactID'][1:]}/{quote(spec['name'])}",
                 "uploadHeaders": [],
                 "storagePath": f"wandb_artifacts/{index}",
                 "uploadMultipartUrls": None,
@@ -291,6 +292,9 @@ class _Handler(BaseHTTPRequestHandler):
         manifest = re.fullmatch(r"/manifest/(\d+)", self.path)
         if manifest:
             self.server.told.versions[int(manifest[1])].manifest = json.loads(content)
+        file = re.fullmatch(r"/artifact/(\d+)/(.+)", self.path)
+        if file:
+            self.server.told.versions[int(file[1])].files[unquote(file[2])] = content
         self.answer({})
 
     do_GET = do_PUT
