@@ -7,6 +7,7 @@ still not run.
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,6 +18,7 @@ from qlora_trainer.stages.report.visible import visible
 
 FOLDER = Path(__file__).parent / "templates"
 TEMPLATE = "page.html.j2"
+BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|[KMG]?i?B|ms|s|min|h|nats|bits)(?!\w))")
 
 
 def render_html(page: Page) -> str:
@@ -34,8 +36,18 @@ def render_html(page: Page) -> str:
     # For what is markup of our own: the style sheet, the script, and charts that were built as an element tree, so
     # that every text in them is escaped already.
     environment.filters["markup"] = Markup
+    environment.filters["together"] = together
     template = environment.get_template(TEMPLATE)
     return template.render(page=page, style=style, script=script, policy=policy(style=style, script=script))
+
+
+def together(text: str) -> str:
+    r"""A number and its unit with a space between them at which no line is broken; for words of our own.
+
+    >>> together("98 % of 4.0 GiB")
+    '98\xa0% of 4.0\xa0GiB'
+    """
+    return BEFORE_UNIT.sub("\u00a0", text)
 
 
 def policy(*, style: str, script: str) -> str:
