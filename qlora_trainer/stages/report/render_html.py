@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from qlora_trainer.stages.report.page import Page
 from qlora_trainer.stages.report.visible import visible
@@ -37,6 +37,7 @@ def render_html(page: Page) -> str:
     # that every text in them is escaped already.
     environment.filters["markup"] = Markup
     environment.filters["together"] = together
+    environment.filters["breakable"] = breakable
     template = environment.get_template(TEMPLATE)
     return template.render(page=page, style=style, script=script, policy=policy(style=style, script=script))
 
@@ -48,6 +49,11 @@ def together(text: str) -> str:
     '98\xa0% of 4.0\xa0GiB'
     """
     return BEFORE_UNIT.sub("\u00a0", text)
+
+
+def breakable(name: str) -> Markup:
+    """A name whose line may be broken behind its underscores, and not first in the middle of a word."""
+    return Markup("_<wbr>").join(escape(part) for part in visible(name).split("_"))
 
 
 def policy(*, style: str, script: str) -> str:

@@ -17,7 +17,7 @@ from qlora_trainer.stages.report.svg import STEPS
 
 WITHOUT_LINES = {"svg", "title", "code", "pre", "script", "style"}
 """Elements whose text is no prose of the page's: it breaks no lines, or stands as it was given."""
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"wbr", "meta", "br", "img", "link", "input", "hr"}
 EVIL = '"></script></style></title></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}'
 
 
