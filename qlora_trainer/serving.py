@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_trainer.errors import RunFolderError
+from qlora_trainer.export_formats import LORA_RANKS_OF_VLLM, lora_rank_of_vllm
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.runtime.run_folder import RunFolder
 
@@ -21,8 +22,6 @@ SHORT = {
 EXPORT_PREFIX = "export:"
 ADAPTER = "peft_adapter"
 GGUF_ADAPTER = "gguf_adapter"
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM 0.33 takes for --max-lora-rank; an adapter takes the next one up."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +139,10 @@ def _folder_commands(recipe: Recipe, model: list[str], *, quantized: bool) -> It
 def _adapter_commands(recipe: Recipe, adapter: Path) -> Iterator[ServeCommand]:
     if recipe.lora.use_dora:
         raise RunFolderError("vLLM applies no DoRA adapters. Serve a merged file: qlora-trainer serve RUN --at merged")
-    rank = next((known for known in LORA_RANKS if known >= recipe.lora.rank), None)
+    rank = lora_rank_of_vllm(recipe.lora.rank)
     if rank is None:
         raise RunFolderError(
-            f"lora.rank: {recipe.lora.rank} is beyond vLLM's {LORA_RANKS[-1]}. Serve a merged file: --at merged"
+            f"lora.rank: {recipe.lora.rank} is beyond vLLM's {LORA_RANKS_OF_VLLM[-1]}. Serve a merged file: --at merged"
         )
     lora = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{recipe.run.name}={adapter}"]
     four_bits = ["--quantization", "bitsandbytes"] if recipe.quantization.data_type == "nf4" else []

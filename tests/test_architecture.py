@@ -29,7 +29,7 @@ ALLOWED = {
         "errors",
     },
     "pipeline": {"export_formats", "preflight", "serving", "stages", "recipe", "records", "runtime", "errors"},
-    "serving": {"recipe", "runtime", "errors"},
+    "serving": {"export_formats", "recipe", "runtime", "errors"},
     "preflight": {
         "export_formats",
         "stages",
@@ -42,7 +42,7 @@ ALLOWED = {
         "errors",
     },
     "stages": {"export_formats", "recipe", "records", "errors", "data", "formats", "runners", "numerics", "runtime"},
-    "runners": {"numerics", "runtime", "records", "errors"},
+    "runners": {"export_formats", "numerics", "runtime", "records", "errors"},
     "formats": {"numerics", "runtime", "records", "errors"},
     "data": {"errors"},
     "runtime": {"errors"},

@@ -16,9 +16,8 @@ from qlora_trainer.cli.speaking import Speakers
 from qlora_trainer.errors import DataError, RunFolderError
 from qlora_trainer.pipeline import Sampling
 from qlora_trainer.recipe import Data, Recipe
-from qlora_trainer.runners import vllm
 from qlora_trainer.runtime.run_folder import RunFolder
-from qlora_trainer.serving import LORA_RANKS, models_of, serve_commands
+from qlora_trainer.serving import models_of, serve_commands
 from qlora_trainer.stages.converse import Voice, prompt_ids
 from tests.finished import FinishedRun
 from tests.test_pipeline import recipe_for
@@ -314,7 +313,6 @@ def test_an_adapter_is_served_on_its_base_with_a_rank_that_vllm_has(finished: tu
         f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules tiny={adapter} "
         "--quantization bitsandbytes --dtype bfloat16 --max-model-len 520"
     )
-    assert LORA_RANKS == vllm.LORA_RANKS
     dora = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"use_dora": True})})
     with pytest.raises(RunFolderError, match="no DoRA"):
         serve_commands(dora, folder, "trained")
