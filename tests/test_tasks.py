@@ -91,8 +91,10 @@ def test_figures_of_a_file_that_was_made_anew_leave_the_report(run: FinishedRun,
 
 
 def test_models_and_tasks_that_are_not_there_are_named(run: FinishedRun) -> None:
-    with pytest.raises(RunFolderError, match=r"no model export:gguf_q4_0\. It has: base_16bit, quantized_base"):
+    with pytest.raises(RunFolderError, match=r"no model gguf_q4_0\. It has: base, quantized, trained"):
         evaluate_tasks(run.recipe, TaskRequest(("probes",), stages=("gguf_q4_0",)))
+    with pytest.raises(RunFolderError, match=r"no model mergd\. Did you mean merged\?"):
+        evaluate_tasks(run.recipe, TaskRequest(("probes",), stages=("base", "mergd")))
     with pytest.raises(DataError, match="no folder"):
         evaluate_tasks(run.recipe, TaskRequest(("probes",), stages=("base_16bit",), folder=Path("/nowhere/at/all")))
 

@@ -3,6 +3,7 @@
 Not imported with the rest of the pipeline: it needs the extra ``eval``.
 """
 
+import difflib
 import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -134,11 +135,14 @@ class Asking:
         if not self.request.stages:
             return tuple(self._openable(there))
         wanted = tuple(stage_name(name) for name in self.request.stages)
-        absent = [name for name in wanted if name not in there]
+        absent = [name for name in self.request.stages if stage_name(name) not in there]
         if absent:
+            has = tuple(dict.fromkeys(short_name(name) for name in there))
+            near = difflib.get_close_matches(absent[0], has, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
             raise RunFolderError(
-                f"{self.folder.root} has no model {', '.join(absent)}. It has: {', '.join(there)}. What is missing is "
-                "made by: qlora-trainer run RECIPE"
+                f"{self.folder.root} has no model {', '.join(absent)}.{hint} It has: {', '.join(has)}. What is missing "
+                "is made by: qlora-trainer run RECIPE"
             )
         return wanted
 
