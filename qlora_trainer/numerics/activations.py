@@ -30,6 +30,9 @@ def kept_by_layer(shape: ModelShape, load: TrainingLoad) -> dict[str, int]:
     }
     if shape.has_head_norms:
         kept["norms of heads"] = size * (queries + keys) + 4 * (shape.heads + shape.kv_heads)
+    if shape.fuses_qkv:
+        # Values are a part of what the one layer gave, and keep all of it, beside queries and keys as they were turned.
+        kept["queries and keys not turned"] = size * (queries + keys)
     if inputs := _inputs_of_int8(shape, load):
         kept["inputs of int8 layers"] = inputs
     return kept | _extras(load, adapted)
