@@ -14,8 +14,8 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 import torch
 
 from qlora_trainer.numerics.affine import Grid, grid_over, quantize, round_trip
-from qlora_trainer.stages.report.axes import Axis, LogScale, Scale, tick_text
-from qlora_trainer.stages.report.svg import canvas, draw_dot, draw_line, draw_text
+from qlora_trainer.pages.axes import Axis, LogScale, Scale, tick_text
+from qlora_trainer.pages.svg import canvas, draw_dot, draw_line, draw_text
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, HEIGHT = 860, 420

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, tostring
 
+from qlora_trainer.pages.svg import STEPS, canvas, draw_cell, draw_text
+from qlora_trainer.pages.wording import percent
 from qlora_trainer.records import ExportFigures
-from qlora_trainer.stages.report.svg import STEPS, canvas, draw_cell, draw_text
-from qlora_trainer.stages.report.wording import percent
 
 WIDTH = 1184
 NAME_WIDTH = 276

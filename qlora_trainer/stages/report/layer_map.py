@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import isfinite
 from xml.etree.ElementTree import Element, tostring
 
+from qlora_trainer.pages.svg import STEPS, canvas, draw_cell, draw_text
+from qlora_trainer.pages.wording import percent
 from qlora_trainer.records import LayerDistortion
-from qlora_trainer.stages.report.svg import STEPS, canvas, draw_cell, draw_text
-from qlora_trainer.stages.report.wording import percent
 
 WIDTH = 1184.0
 NAME_WIDTH = 276.0

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
+from qlora_trainer.pages.blocks import Block, Chart, Fact, Facts, Fold, Grid, Key, Section
+from qlora_trainer.pages.svg import STEPS
+from qlora_trainer.pages.wording import count_of, percent, size
 from qlora_trainer.records import LayerDistortion, RunReport
-from qlora_trainer.stages.report.blocks import Block, Chart, Fact, Facts, Fold, Grid, Key, Section
 from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.layer_map import error_map, extent
-from qlora_trainer.stages.report.svg import STEPS
 from qlora_trainer.stages.report.tables import layers_table
-from qlora_trainer.stages.report.wording import count_of, percent, size
 
 
 def quantized(shown: Shown) -> Section:

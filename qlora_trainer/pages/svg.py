@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 from xml.etree.ElementTree import Element, SubElement
 
-from qlora_trainer.stages.report.visible import visible
+from qlora_trainer.pages.visible import visible
 
 Point = tuple[float, float]
 """Pixels from the left and from the top."""

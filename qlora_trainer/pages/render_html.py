@@ -1,4 +1,4 @@
-"""report.html: one file that needs no network and no font; every text is made visible and escaped.
+"""A page as one HTML file that needs no network and no font; every text is made visible and escaped.
 
 What the page may do is bound by its own Content-Security-Policy: nothing is loaded from anywhere, and only the one
 style sheet and the one script that are named by their hashes count. Markup that slipped through the escaping could
@@ -12,8 +12,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from qlora_trainer.stages.report.page import Page
-from qlora_trainer.stages.report.visible import visible
+from qlora_trainer.pages.page import Page
+from qlora_trainer.pages.visible import visible
 
 FOLDER = Path(__file__).parent / "templates"
 TEMPLATE = "page.html.j2"

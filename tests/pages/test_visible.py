@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_trainer.stages.report.visible import LONGEST, visible
+from qlora_trainer.pages.visible import LONGEST, visible
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import doctest
 
 import pytest
 
-from qlora_trainer.stages.report import wording
+from qlora_trainer.pages import wording
 
 
 def test_examples_in_the_docstrings_are_true() -> None:

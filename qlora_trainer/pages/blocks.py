@@ -8,8 +8,8 @@ block needs those.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qlora_trainer.stages.report.compared import Compared
-from qlora_trainer.stages.report.tables import Table, Tone
+from qlora_trainer.pages.compared import Compared
+from qlora_trainer.pages.tables import Table, Tone
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,13 @@ from qlora_trainer.records import Interval
 
 LARGEST_EXPONENT = 20.0
 """A loss above this many nats means a perplexity of half a billion: the digits mean nothing."""
+METRIC_TITLES = {
+    "exact_match": "Exact match",
+    "slot_f1": "Slot F1",
+    "token_f1": "Token F1",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+}
 
 
 def nats(value: float) -> str:

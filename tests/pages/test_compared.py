@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_trainer.stages.report.compared import LARGEST, Part, compare_answers, differing
+from qlora_trainer.pages.compared import LARGEST, Part, compare_answers, differing
 
 
 def rebuilt(parts: tuple[Part, ...], *hows: str) -> str:

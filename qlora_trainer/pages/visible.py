@@ -28,5 +28,10 @@ def visible(text: str) -> str:
     return shown if rest <= 0 else f"{shown} […{rest:,} more characters are not shown here]"
 
 
+def writable(text: str) -> str:
+    """The text with half surrogate pairs spelt out; JSON rows can hold them, UTF-8 cannot."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _spelt(found: re.Match[str]) -> str:
     return found.group().encode("unicode_escape", "surrogatepass").decode("ascii")

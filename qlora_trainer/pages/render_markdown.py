@@ -1,11 +1,11 @@
-"""report.md: the page's sections in GitHub-flavoured Markdown, every text made visible and escaped."""
+"""A page's sections in GitHub-flavoured Markdown, every text made visible and escaped."""
 
 import html
 import re
 from collections.abc import Iterable
 from functools import singledispatch
 
-from qlora_trainer.stages.report.blocks import (
+from qlora_trainer.pages.blocks import (
     Bullets,
     Chart,
     Code,
@@ -20,10 +20,10 @@ from qlora_trainer.stages.report.blocks import (
     Terms,
     Text,
 )
-from qlora_trainer.stages.report.compared import Compared, Part
-from qlora_trainer.stages.report.page import Page
-from qlora_trainer.stages.report.tables import Cell
-from qlora_trainer.stages.report.visible import visible
+from qlora_trainer.pages.compared import Compared, Part
+from qlora_trainer.pages.page import Page
+from qlora_trainer.pages.tables import Cell
+from qlora_trainer.pages.visible import visible
 
 # An underscore within a word is no markup, and names such as base_16bit should read well in the raw text too.
 SPECIAL = re.compile(r"([\\`*\[\]|#~]|(?<!\w)_|_(?!\w))")
@@ -31,7 +31,7 @@ TRAINED_OPEN, TRAINED_CLOSE = "⟦", "⟧"
 
 
 def render_markdown(page: Page) -> str:
-    """The whole page as Markdown; charts are in report.html only."""
+    """The whole page as Markdown; charts are in HTML only."""
     blocks = [*_top(page), *(block for section in page.sections for block in _section(section))]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

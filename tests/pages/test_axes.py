@@ -2,8 +2,8 @@ import doctest
 
 import pytest
 
-from qlora_trainer.stages.report import axes
-from qlora_trainer.stages.report.axes import LogScale, Scale, tick_text
+from qlora_trainer.pages import axes
+from qlora_trainer.pages.axes import LogScale, Scale, tick_text
 
 
 def test_examples_in_the_docstrings_are_true() -> None:

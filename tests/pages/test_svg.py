@@ -1,6 +1,6 @@
 from xml.etree.ElementTree import fromstring, tostring
 
-from qlora_trainer.stages.report.svg import canvas, draw_dot, draw_line, draw_text
+from qlora_trainer.pages.svg import canvas, draw_dot, draw_line, draw_text
 
 
 def test_a_drawing_is_valid_xml_and_text_in_it_stays_text() -> None:
