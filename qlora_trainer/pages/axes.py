@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log10
+from math import asinh, ceil, floor, log10
 from typing import Protocol
 
 
@@ -71,6 +71,34 @@ class LogScale:
         factors = (1, 2, 5) if len(powers) <= count else (1,)
         candidates = [round(factor * 10.0**power, 12) for power in powers for factor in factors]
         return [value for value in candidates if self.low <= value <= self.high]
+
+
+@dataclass(frozen=True)
+class SymmetricLogScale:
+    """Maps values of either sign: linearly near zero, by their logarithm from about ``linear`` on (``asinh``)."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    linear: float
+
+    def at(self, value: float) -> float:
+        """Pixel of a value."""
+        low, high = asinh(self.low / self.linear), asinh(self.high / self.linear)
+        return self.start + (asinh(value / self.linear) - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, count: int) -> list[float]:
+        """Zero, and 1, 2 and 5 times each power of ten from ``linear`` on; the powers alone where those are enough.
+
+        >>> SymmetricLogScale(-0.002, 0.05, 0, 100, linear=0.001).ticks(8)
+        [-0.002, -0.001, 0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
+        """
+        largest = max(abs(self.low), abs(self.high))
+        powers = range(round(log10(self.linear)), floor(log10(largest)) + 1)
+        factors = (1, 2, 5) if len(powers) * 3 <= count + 1 else (1,)
+        sizes = [round(factor * 10.0**power, 12) for power in powers for factor in factors]
+        return [tick for tick in (*(-size for size in reversed(sizes)), 0.0, *sizes) if self.low <= tick <= self.high]
 
 
 def padded(values: Sequence[float], *, pixels: tuple[float, float]) -> Scale:

@@ -5,6 +5,7 @@ A method that fails is a row with its reason, and the comparison goes on; it is 
 
 import gc
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -51,13 +52,16 @@ class OutlierReport:
     systematic: tuple[int, ...]
 
 
-def compare(recipe: Recipe, *, observer: Observer | None = None, trust_remote_code: bool = False) -> Comparison:
-    """Measures every method of ``recipe.compare`` and recommends one; writes compare.json and compare.md.
+def compare(
+    recipe: Recipe, *, observer: Observer | None = None, trust_remote_code: bool = False, command: str = ""
+) -> Comparison:
+    """Measures every method of ``recipe.compare`` and recommends one; writes compare.json, compare.md and compare.html.
 
     Args:
         recipe: the model, the task, the methods.
         observer: told of everything that happens.
         trust_remote_code: allow Python code that comes with the model; never part of a recipe.
+        command: how it was asked for, to be shown; empty = by the run folder's recipe.
 
     Raises:
         TrainerError: the 16-bit model cannot be made or measured; what was finished stays.
@@ -72,7 +76,9 @@ def compare(recipe: Recipe, *, observer: Observer | None = None, trust_remote_co
     ):
         journey = Journey(recipe, ground, folder, observer or Silent(), trust_remote_code=trust_remote_code)
         try:
-            return Comparing(journey).whole()
+            return Comparing(
+                journey, command or f"qlora-trainer compare {shlex.quote(str(folder.recipe_yaml))}"
+            ).whole()
         finally:
             journey.telling.end()
 
@@ -82,16 +88,18 @@ class Comparing:
 
     Args:
         journey: gives the 16-bit model, the bench and the ledger.
+        command: repeats the comparison, to be shown.
     """
 
-    def __init__(self, journey: Journey) -> None:
+    def __init__(self, journey: Journey, command: str = "") -> None:
+        self.command = command
         self.journey, self.recipe, self.measuring = journey, journey.recipe, journey.measuring
         self.bench_key = journey.ground.bench_key
         self.folder, self.model_key = self._sixteen_bit()
         self.workplace = journey.folder.root / ".compare"
 
     def whole(self) -> Comparison:
-        """All rows, the recommendation, and both files."""
+        """All rows, the recommendation, and the files."""
         self.workplace.mkdir(parents=True, exist_ok=True)
         inputs = self.inputs()
         began = time.monotonic()
@@ -111,6 +119,10 @@ class Comparing:
             outliers=outliers.layers,
             systematic=outliers.systematic,
             recommendation=stage.recommend(rows, self.recipe.compare),
+            settings=self.recipe.compare.model_dump(mode="json"),
+            recipe_text=self.journey.folder.recipe_text,
+            environment=self.journey.folder.environment,
+            command=self.command,
         )
         stage.write(made, self.journey.folder.root)
         return made

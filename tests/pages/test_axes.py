@@ -3,7 +3,7 @@ import doctest
 import pytest
 
 from qlora_trainer.pages import axes
-from qlora_trainer.pages.axes import LogScale, Scale, tick_text
+from qlora_trainer.pages.axes import LogScale, Scale, SymmetricLogScale, tick_text
 
 
 def test_examples_in_the_docstrings_are_true() -> None:
@@ -44,3 +44,27 @@ def test_ticks_of_many_decades_are_powers_of_ten() -> None:
 )
 def test_neighbouring_ticks_read_differently(ticks: list[float], texts: list[str]) -> None:
     assert [tick_text(tick, ticks) for tick in ticks] == texts
+
+
+def test_a_symmetric_logarithmic_axis_is_linear_near_zero_and_logarithmic_far_from_it() -> None:
+    axis = SymmetricLogScale(-100.0, 100.0, 0.0, 100.0, linear=0.1)
+    assert axis.at(0.0) == pytest.approx(50.0)
+    assert axis.at(-3.0) == pytest.approx(100.0 - axis.at(3.0))
+    # asinh(x) is x to x^3 / 6 near zero, and log(2 x) to 1 / (4 x^2) far from it.
+    assert axis.at(0.002) - 50 == pytest.approx((axis.at(0.001) - 50) * 2, rel=1e-3)
+    assert axis.at(100.0) - axis.at(10.0) == pytest.approx(axis.at(50.0) - axis.at(5.0), rel=1e-3)
+
+
+def test_a_symmetric_logarithmic_axis_always_names_zero_and_few_powers_of_a_wide_range() -> None:
+    assert SymmetricLogScale(-1e-4, 1e-4, 0.0, 1.0, linear=1e-3).ticks(8) == [0.0]
+    assert SymmetricLogScale(-0.5, 20.0, 0.0, 1.0, linear=1e-3).ticks(8) == [
+        -0.1,
+        -0.01,
+        -0.001,
+        0.0,
+        0.001,
+        0.01,
+        0.1,
+        1.0,
+        10.0,
+    ]

@@ -1,4 +1,4 @@
-// What the page can do beyond being read: choose a part of the training curves, read charts by keyboard, copy
+// What a page can do beyond being read: choose a part of the training curves, read charts by keyboard, copy
 // commands, change between light and dark. Without it everything is still there. No text becomes markup here.
 "use strict";
 
@@ -243,39 +243,46 @@ class Curves {
   }
 }
 
-// Heat maps: arrow keys go from cell to cell.
+// Heat maps and charts of single marks: arrow keys go from mark to mark.
 
-function readCells(svg) {
-  const cells = [...svg.querySelectorAll("rect.heat")];
+function readMarks(svg) {
+  const marks = [...svg.querySelectorAll("[aria-label]")], isMap = svg.dataset.cells === "place";
   const readout = document.createElement("output");
   readout.className = "readout";
-  readout.textContent = "Point at a cell, or focus the map and use the arrow keys.";
+  readout.textContent = `Point at a ${isMap ? "cell, or focus the map" : "mark, or focus the chart"} and use the arrow keys.`;
   svg.closest(".scroll").after(readout);
   svg.setAttribute("tabindex", "0");
-  const centre = (cell) => [Number(cell.getAttribute("x")) + cell.getAttribute("width") / 2, Number(cell.getAttribute("y"))];
-  let current = null;
-  const choose = (cell) => {
-    if (!cell) return;
-    current?.classList.remove("chosen");
-    current = cell;
-    cell.classList.add("chosen");
-    readout.textContent = cell.getAttribute("aria-label");
+  const centre = (mark) => {
+    const box = mark.getBBox();
+    return [box.x + box.width / 2, box.y + box.height / 2];
   };
-  const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-  svg.addEventListener("keydown", (event) => {
-    if (!(event.key in ways)) return;
-    event.preventDefault();
-    if (current === null) { choose(cells[0]); return; }
-    const [x, y] = centre(current), [right, down] = ways[event.key];
-    const distance = (cell) => {
-      const [otherX, otherY] = centre(cell), along = (otherX - x) * right + (otherY - y) * down;
+  let current = null;
+  const choose = (mark) => {
+    if (!mark) return;
+    current?.classList.remove("chosen");
+    current = mark;
+    mark.classList.add("chosen");
+    readout.textContent = mark.getAttribute("aria-label");
+  };
+  const nearest = ([right, down]) => {
+    const [x, y] = centre(current);
+    const distance = (mark) => {
+      const [otherX, otherY] = centre(mark), along = (otherX - x) * right + (otherY - y) * down;
       const across = Math.abs((otherX - x) * down) + Math.abs((otherY - y) * right);
       return along > 0.5 ? along + 4 * across : Infinity;
     };
-    const best = cells.reduce((near, cell) => distance(cell) < distance(near) ? cell : near);
-    if (distance(best) < Infinity) choose(best);
+    const best = marks.reduce((near, mark) => distance(mark) < distance(near) ? mark : near);
+    return distance(best) < Infinity ? best : null;
+  };
+  const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  svg.addEventListener("keydown", (event) => {
+    const way = ways[event.key];
+    if (!way) return;
+    event.preventDefault();
+    if (current === null) choose(marks[0]);
+    else choose(isMap ? nearest(way) : marks[marks.indexOf(current) + way[0] + way[1]]);
   });
-  svg.addEventListener("pointerover", (event) => { if (event.target.matches("rect.heat")) choose(event.target); });
+  svg.addEventListener("pointerover", (event) => { if (marks.includes(event.target)) choose(event.target); });
 }
 
 // Commands to copy, and the theme.
@@ -316,7 +323,7 @@ function addThemes(place) {
 }
 
 document.querySelectorAll("svg[data-curves]").forEach((svg) => new Curves(svg));
-document.querySelectorAll("svg[data-cells]").forEach(readCells);
+document.querySelectorAll("svg[data-cells]").forEach(readMarks);
 document.querySelectorAll("pre.copy").forEach(addCopying);
 addThemes(document.querySelector("h1"));
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => { each.open = true; }));

@@ -1,14 +1,11 @@
-"""Quantization error of every layer as a heat map, as inline SVG: kinds of layer down, blocks of the model across."""
+"""A figure of every layer as a heat map, as inline SVG: kinds of layer down, blocks of the model across."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from xml.etree.ElementTree import Element, tostring
 
-from qlora_trainer.pages.svg import STEPS, canvas, draw_cell, draw_text
-from qlora_trainer.pages.wording import percent
-from qlora_trainer.records import LayerDistortion
+from qlora_trainer.pages.svg import STEPS, canvas, draw_cell, draw_text, read_mark_by_mark
 
 WIDTH = 1184.0
 NAME_WIDTH = 276.0
@@ -17,6 +14,25 @@ ROW, SMALLEST_ROW, MOST_ROWS = 26.0, 7.0, 40
 """Rows shrink where there are more than so many, as in models with many experts."""
 LARGEST_CELL, TEXT_FROM = 92.0, 34.0
 NUMBERED = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class LayerFigure:
+    """What a layer's cell shows.
+
+    Attributes:
+        name: of the layer.
+        value: the stronger the colour, the larger it is.
+        inside: stands in the cell where that is wide enough.
+        tip: what the cell says when pointed at, and to those who do not see it.
+        is_outlined: whether the cell stands out.
+    """
+
+    name: str
+    value: float
+    inside: str
+    tip: str
+    is_outlined: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,58 +53,59 @@ def place_of(name: str) -> Place:
     return Place(name, None) if found is None else Place(found.group(2), int(found.group(1)))
 
 
-def error_map(layers: Sequence[LayerDistortion]) -> str:
-    """Relative error of each layer, the stronger the colour the larger.
+def layer_map(figures: Sequence[LayerFigure], *, title: str) -> str:
+    """The map of all layers, named by ``title`` for those who do not see it.
 
     Returns:
         One ``svg`` element, or nothing where there are no layers.
     """
-    if not layers:
+    if not figures:
         return ""
-    places = {layer.name: place_of(layer.name) for layer in layers}
+    places = {figure.name: place_of(figure.name) for figure in figures}
     kinds = list(dict.fromkeys(place.kind for place in places.values()))
     blocks = sorted({place.block for place in places.values() if place.block is not None})
     columns: list[int | None] = [*blocks] if blocks else [None]
     height = ROW if len(kinds) <= MOST_ROWS else max(SMALLEST_ROW, ROW * MOST_ROWS / len(kinds))
     width = min(LARGEST_CELL, (WIDTH - NAME_WIDTH) / len(columns))
-    title = "Relative quantization error of each layer; kinds of layer down, blocks across"
     svg = canvas((WIDTH, HEAD + height * len(kinds) + 4), title=title)
-    # Read out cell by cell, not as one picture.
-    svg.set("role", "group")
-    svg.set("data-cells", "")
+    read_mark_by_mark(svg, by="place")
     _headings(svg, kinds, columns, height=height, width=width)
-    low, high = extent(layers)
-    for layer in layers:
-        place = places[layer.name]
+    low, high = extent(figures)
+    for figure in figures:
+        place = places[figure.name]
         x = NAME_WIDTH + width * (0 if place.block is None else columns.index(place.block))
         y = HEAD + height * kinds.index(place.kind)
-        text = percent(layer.relative_error, 1)
-        tip = f"{layer.name}: relative error {percent(layer.relative_error, 2)}, {_decibels(layer)}"
-        inside = text if width >= TEXT_FROM and height == ROW else ""
-        strength = level(layer.relative_error, low, high)
-        draw_cell(svg, (x, y + 1), size=(width, height - 2), strength=strength, tip=tip, inside=inside)
+        inside = figure.inside if width >= TEXT_FROM and height == ROW else ""
+        strength, css = level(figure.value, low, high), "outlined" if figure.is_outlined else ""
+        draw_cell(svg, (x, y + 1), size=(width, height - 2), strength=strength, tip=figure.tip, inside=inside, css=css)
     return tostring(svg, encoding="unicode")
 
 
-def extent(layers: Sequence[LayerDistortion]) -> tuple[float, float]:
-    """Smallest and largest relative error."""
-    errors = [layer.relative_error for layer in layers]
-    return min(errors), max(errors)
+def extent(figures: Sequence[LayerFigure]) -> tuple[float, float]:
+    """Smallest and largest value."""
+    values = [figure.value for figure in figures]
+    return min(values), max(values)
 
 
-def level(error: float, low: float, high: float) -> int:
-    """How strong the colour is: 0 at the smallest error, ``STEPS - 1`` at the largest.
+def level(value: float, low: float, high: float) -> int:
+    """How strong the colour is: 0 at the smallest value, ``STEPS - 1`` at the largest.
 
     >>> level(0.08, 0.08, 0.12), level(0.1, 0.08, 0.12), level(0.12, 0.08, 0.12)
     (0, 5, 9)
     """
     if high <= low:
         return 0
-    return min(int((error - low) / (high - low) * STEPS + 1e-9), STEPS - 1)
+    return min(int((value - low) / (high - low) * STEPS + 1e-9), STEPS - 1)
 
 
-def _decibels(layer: LayerDistortion) -> str:
-    return f"SQNR {layer.sqnr_db:.2f} dB" if isfinite(layer.sqnr_db) else "nothing lost"
+def shades(figures: Sequence[LayerFigure]) -> Iterator[tuple[str, float]]:
+    """Colours to explain, by class, with the value that each stands for: both ends and two places between them."""
+    low, high = extent(figures)
+    if high <= low:
+        yield "heat h0", low
+        return
+    for strength in range(0, STEPS, 3):
+        yield f"heat h{strength}", low + (high - low) * strength / (STEPS - 1)
 
 
 def _headings(
