@@ -31,7 +31,7 @@ def read_mark_by_mark(svg: Element, *, by: Literal["place", "order"]) -> None:
 
     Args:
         svg: the drawing.
-        by: arrow keys go to the next mark in their direction, or to the next and the previous one as drawn.
+        by: arrow keys go to the next mark in their direction, or from left to right through all of them.
     """
     svg.set("role", "group")
     svg.set("data-cells", by)

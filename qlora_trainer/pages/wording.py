@@ -27,11 +27,11 @@ def signed_nats(value: float) -> str:
     return shown[1:] if float(shown) == 0 else shown
 
 
-def perplexity(nats_per_token: float) -> str:
-    """``exp`` of a loss, to about three digits."""
+def perplexity(nats_per_token: float, digits: int = 3) -> str:
+    """``exp`` of a loss, to about so many digits."""
     if nats_per_token > LARGEST_EXPONENT:
         return "> 10^8"
-    return significant(exp(nats_per_token), 3)
+    return significant(exp(nats_per_token), digits)
 
 
 def significant(value: float, digits: int = 2) -> str:

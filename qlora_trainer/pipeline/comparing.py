@@ -15,15 +15,13 @@ from pathlib import Path
 from torch import Tensor
 
 from qlora_trainer.errors import BaseModelError, Interrupted, RunFolderError, TrainerError
-from qlora_trainer.pipeline.ground import prepare
-from qlora_trainer.pipeline.journey import Journey
+from qlora_trainer.pipeline.journey import Journey, setting_out
 from qlora_trainer.pipeline.measuring import in_words
-from qlora_trainer.recipe import SHAPING_SECTIONS, CompareMethod, Recipe
+from qlora_trainer.recipe import CompareMethod, Recipe
 from qlora_trainer.records import Comparison, ComparisonRow, Evaluation, Fidelity, LayerOutliers, LinearLayers
-from qlora_trainer.runtime.device import choose_device, seed_everything, set_threads
-from qlora_trainer.runtime.progress import Observer, Silent
-from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
-from qlora_trainer.runtime.run_log import logged_to
+from qlora_trainer.runtime.device import choose_device
+from qlora_trainer.runtime.progress import Observer
+from qlora_trainer.runtime.run_folder import fingerprint
 from qlora_trainer.runtime.weight_files import read_tensors
 from qlora_trainer.stages import compare as stage
 from qlora_trainer.stages import export
@@ -66,21 +64,9 @@ def compare(
     Raises:
         TrainerError: the 16-bit model cannot be made or measured; what was finished stays.
     """
-    set_threads(recipe.run.threads)
-    seed_everything(recipe.run.seed)
-    ground = prepare(recipe, trust_remote_code=trust_remote_code)
-    root = Path(recipe.run.folder) / recipe.run.name
-    with (
-        RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
-        logged_to(folder.log),
-    ):
-        journey = Journey(recipe, ground, folder, observer or Silent(), trust_remote_code=trust_remote_code)
-        try:
-            return Comparing(
-                journey, command or f"qlora-trainer compare {shlex.quote(str(folder.recipe_yaml))}"
-            ).whole()
-        finally:
-            journey.telling.end()
+    with setting_out(recipe, observer=observer, trust_remote_code=trust_remote_code) as journey:
+        by_folder = f"qlora-trainer compare {shlex.quote(str(journey.folder.recipe_yaml))}"
+        return Comparing(journey, command or by_folder).whole()
 
 
 class Comparing:

@@ -246,7 +246,7 @@ class Curves {
 // Heat maps and charts of single marks: arrow keys go from mark to mark.
 
 function readMarks(svg) {
-  const marks = [...svg.querySelectorAll("[aria-label]")], isMap = svg.dataset.cells === "place";
+  const isMap = svg.dataset.cells === "place";
   const readout = document.createElement("output");
   readout.className = "readout";
   readout.textContent = `Point at a ${isMap ? "cell, or focus the map" : "mark, or focus the chart"} and use the arrow keys.`;
@@ -256,6 +256,8 @@ function readMarks(svg) {
     const box = mark.getBBox();
     return [box.x + box.width / 2, box.y + box.height / 2];
   };
+  const marks = [...svg.querySelectorAll("[aria-label]")];
+  if (!isMap) marks.sort((one, other) => centre(one)[0] - centre(other)[0] || centre(one)[1] - centre(other)[1]);
   let current = null;
   const choose = (mark) => {
     if (!mark) return;
