@@ -11,6 +11,7 @@ from qlora_trainer.stages.compare.inputs import Batch, CompareInputs, FactorPlan
 from qlora_trainer.stages.compare.judging import failed_row, method_row, recommend, reference_row, with_front
 from qlora_trainer.stages.compare.methods import FACTS, REFERENCE, spec_of, treated_layers
 from qlora_trainer.stages.compare.outliers import outlier_report
+from qlora_trainer.stages.compare.page import front_chart, outlier_map
 from qlora_trainer.stages.compare.quantizing import QuantizedSubject, open_16bit, quantized
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "QuantizedSubject",
     "RoundBlockwise",
     "failed_row",
+    "front_chart",
     "method_row",
     "open_16bit",
+    "outlier_map",
     "outlier_report",
     "quantized",
     "read",

@@ -32,13 +32,22 @@ def outliers(comparison: Comparison) -> Section:
     worst = sorted(layers, key=lambda layer: -layer.magnitude)
     blocks: list[Block] = [
         Facts(tuple(_facts(comparison))),
-        Chart(layer_map(figures, title=TITLE), caption, keys),
+        Chart(outlier_map(layers), caption, keys),
         Grid(outliers_table(worst[:WORST]), "wide"),
     ]
     if len(worst) > WORST:
         rest = (Grid(outliers_table(worst), "wide"),)
         blocks.append(Fold(f"All {count_of(len(worst))} layers as a table", rest, note="largest first"))
     return Section("outliers", "Activation outliers", tuple(blocks), short="Outliers")
+
+
+def outlier_map(layers: Sequence[LayerOutliers]) -> str:
+    """Largest input of every layer as a heat map; those with outlier dimensions are outlined.
+
+    Returns:
+        One ``svg`` element, or nothing where there are no layers.
+    """
+    return layer_map(tuple(map(_figure, layers)), title=TITLE)
 
 
 def outliers_table(layers: Sequence[LayerOutliers]) -> Table:
