@@ -9,13 +9,14 @@ from qlora_trainer.pages.axes import Scale, SymmetricLogScale, padded, tick_text
 from qlora_trainer.pages.svg import Point, canvas, draw_line, draw_point, draw_text, read_mark_by_mark
 from qlora_trainer.pages.wording import interval, signed_nats, size
 from qlora_trainer.records import Comparison, ComparisonRow, Interval
+from qlora_trainer.stages.compare.judging import MIB
 from qlora_trainer.stages.compare.methods import REFERENCE
 from qlora_trainer.stages.compare.page.labels import Label, place_labels
-from qlora_trainer.stages.compare.page.reading import measured, most_added_nats
+from qlora_trainer.stages.compare.page.reading import Bounds, measured, standing_of_the_chosen
 
 WIDTH, HEIGHT = 1184.0, 460.0
 LEFT, RIGHT, TOP, BOTTOM = 72.0, WIDTH - 110.0, 34.0, HEIGHT - 52.0
-MIB, GIB = 2**20, 2**30
+GIB = 2**30
 LARGEST_LINEAR = 1e-3
 """Nats up to which differences are drawn evenly, at most: a fifth of the default bound of a comparison."""
 
@@ -31,6 +32,7 @@ class Mark:
         added: nats per token above 16 bit.
         bounds: interval of ``added``.
         is_on_front: whether no other is both smaller and better.
+        standing: what it is besides, such as recommended; mostly nothing.
     """
 
     name: str
@@ -39,14 +41,14 @@ class Mark:
     added: float
     bounds: Interval
     is_on_front: bool
+    standing: str
 
     @property
     def tip(self) -> str:
         """What it says when pointed at."""
-        words = {"best": ", recommended", "reference": "", "front": "", "other": ""}[self.css]
-        front = ", on the front" if self.is_on_front else ""
-        ends = interval(self.bounds, signed_nats)
-        return f"{self.name}: {size(self.bytes)}, {signed_nats(self.added)} nats ({ends}){words}{front}"
+        figures = f"{size(self.bytes)}, {signed_nats(self.added)} nats ({interval(self.bounds, signed_nats)})"
+        told = (figures, self.standing, "on the front" if self.is_on_front else "")
+        return f"{self.name}: {', '.join(part for part in told if part)}"
 
 
 CORNERS = {"best": 4, "reference": 3, "front": 0, "other": 0}
@@ -62,14 +64,16 @@ def front_chart(comparison: Comparison) -> str:
     marks = marks_of(comparison)
     if not marks:
         return ""
-    bound = most_added_nats(comparison)
+    bounds = Bounds.of(comparison)
     unit, name = (GIB, "GiB") if max(mark.bytes for mark in marks) >= GIB else (MIB, "MiB")
-    x = padded([mark.bytes / unit for mark in marks], pixels=(LEFT, RIGHT))
-    y = loss_axis(marks, bound)
+    sizes = [*(mark.bytes for mark in marks), *([] if bounds.bytes is None else [bounds.bytes])]
+    x = padded([size / unit for size in sizes], pixels=(LEFT, RIGHT))
+    y = loss_axis(marks, bounds.added_nats)
     svg = canvas((WIDTH, HEIGHT), title="Methods by size and by the loss that they add to the 16-bit model")
     read_mark_by_mark(svg, by="order")
     _frame(svg, x, y, unit=name)
-    _bound(svg, y, bound)
+    _allowed_loss(svg, y, bounds.added_nats)
+    _allowed_size(svg, x, None if bounds.bytes is None else bounds.bytes / unit)
     at = {mark.name: (x.at(mark.bytes / unit), y.at(mark.added)) for mark in marks}
     draw_line(svg, staircase([at[mark.name] for mark in marks if mark.is_on_front]), css="stairs")
     for mark in marks:
@@ -85,6 +89,7 @@ def front_chart(comparison: Comparison) -> str:
 def marks_of(comparison: Comparison) -> tuple[Mark, ...]:
     """The measured methods from the smallest on, better ones first among equals."""
     rows = sorted(measured(comparison), key=lambda row: (row.bytes or 0, row.added_nats.value if row.added_nats else 0))
+    standing = standing_of_the_chosen(comparison)
     return tuple(
         Mark(
             name=row.method,
@@ -93,6 +98,7 @@ def marks_of(comparison: Comparison) -> tuple[Mark, ...]:
             added=row.added_nats.value,
             bounds=row.added_nats.interval,
             is_on_front=row.is_on_front,
+            standing=standing if row.method == comparison.recommendation.method else "",
         )
         for row in rows
         if row.bytes is not None and row.added_nats is not None
@@ -142,7 +148,13 @@ def _frame(svg: Element, x: Scale, y: SymmetricLogScale, *, unit: str) -> None:
     draw_text(svg, ((LEFT + RIGHT) / 2, BOTTOM + 38), text=f"size of the weights, {unit}", css="head", anchor="middle")
 
 
-def _bound(svg: Element, y: SymmetricLogScale, bound: float | None) -> None:
+def _allowed_size(svg: Element, x: Scale, bound: float | None) -> None:
+    if bound is not None:
+        draw_line(svg, [(x.at(bound), TOP), (x.at(bound), BOTTOM)], css="allowed")
+        draw_text(svg, (x.at(bound) + 6, BOTTOM - 8), text=f"allowed: {bound:.4g}", css="tick", anchor="start")
+
+
+def _allowed_loss(svg: Element, y: SymmetricLogScale, bound: float | None) -> None:
     if bound is not None:
         draw_line(svg, [(LEFT, y.at(bound)), (RIGHT, y.at(bound))], css="allowed")
         draw_text(svg, (RIGHT + 8, y.at(bound)), text=f"allowed: {bound:g}", css="tick", anchor="start")

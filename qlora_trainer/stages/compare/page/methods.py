@@ -19,25 +19,33 @@ from qlora_trainer.pages.wording import (
 from qlora_trainer.records import Comparison, ComparisonRow, Score
 from qlora_trainer.stages.compare.methods import REFERENCE
 from qlora_trainer.stages.compare.page.front import front_chart
-from qlora_trainer.stages.compare.page.reading import layers_in_words, measured, metrics_of, most_added_nats, reference
+from qlora_trainer.stages.compare.page.reading import (
+    Bounds,
+    layers_in_words,
+    measured,
+    metrics_of,
+    reference,
+    standing_of_the_chosen,
+)
 
 CAPTION = (
-    "◆ recommended; ● on the front: no other method is both smaller and better; ○ the others; ▲ the 16-bit model. "
+    "● on the front: no other method is both smaller and better; ○ the others; ▲ the 16-bit model. "
     "Vertical lines are intervals. The loss axis is even near zero and logarithmic beyond."
 )
 
 
 def methods(comparison: Comparison) -> Section:
     """The front, and the table."""
-    bound = most_added_nats(comparison)
-    allowed = "" if bound is None else f" The dashed line is what the recipe allows, {bound:g} nats."
+    bounds = Bounds.of(comparison)
+    is_bound = bounds.added_nats is not None or bounds.bytes is not None
+    allowed = " Dashed: what the recipe allows." if is_bound else ""
     told = (
         f"The {comparison.model} model on {comparison.test_rows:,} test rows, the same for all. Below a figure its "
         f"interval of {comparison.interval_words}, above 16 bit paired by row. In brackets: integers were "
         "dequantized before they were multiplied, so that speed and memory are not the method's own."
     )
     blocks: tuple[Block, ...] = (
-        Chart(front_chart(comparison), f"{CAPTION}{allowed}"),
+        Chart(front_chart(comparison), f"◆ {standing_of_the_chosen(comparison)}; {CAPTION}{allowed}"),
         Text(told, is_soft=True),
         Grid(methods_table(comparison), "methods"),
     )
@@ -75,15 +83,18 @@ def methods_table(comparison: Comparison) -> Table:
     titles = ("Loss, nats per token", "Above 16 bit", *quality, "KL to 16 bit, nats", "Size", "Peak memory")
     titles += ("Prefill tokens/s", "Decode tokens/s", "Quantizing")
     columns = (Column("Method", is_number=False), Column("Bits", is_number=False), *map(Column, titles))
-    chosen = comparison.recommendation.method
-    marked = frozenset(number for number, row in enumerate(rows) if row.method == chosen)
+    advice = comparison.recommendation
+    marked = frozenset(
+        number for number, row in enumerate(rows) if row.method == advice.method and advice.is_within_bounds
+    )
     return Table(columns, tuple(_row(row, metrics, comparison) for row in rows), marked)
 
 
 def _row(row: ComparisonRow, metrics: tuple[str, ...], comparison: Comparison) -> tuple[Cell, ...]:
     scores, base = row.metrics or {}, reference(comparison)
     task = [_metric(name, scores.get(name)) for name in metrics] or [_perplexity(row)]
-    is_chosen = row.method == comparison.recommendation.method
+    advice = comparison.recommendation
+    is_chosen = row.method == advice.method and advice.is_within_bounds
     share = "" if row is base or not row.bytes or not base.bytes else percent(row.bytes / base.bytes, 0)
     return (
         Cell(row.method, _standing(row, comparison), tone="good" if is_chosen else "plain"),
@@ -102,12 +113,13 @@ def _row(row: ComparisonRow, metrics: tuple[str, ...], comparison: Comparison) -
 
 def _standing(row: ComparisonRow, comparison: Comparison) -> str:
     """What is to be said of a row besides its figures."""
-    bound = most_added_nats(comparison)
-    too_much = bound is not None and row.added_nats is not None and row.added_nats.interval[1] > bound
+    bounds = Bounds.of(comparison)
+    added = 0.0 if row.added_nats is None else row.added_nats.interval[1]
     parts = {
-        "recommended": row.method == comparison.recommendation.method,
+        standing_of_the_chosen(comparison): row.method == comparison.recommendation.method,
         "on the front": row.is_on_front,
-        "adds too much": too_much and row.method != REFERENCE,
+        "adds too much": bounds.added_nats is not None and added > bounds.added_nats,
+        "too large": bounds.bytes is not None and (row.bytes or 0) > bounds.bytes,
     }
     return ", ".join(part for part, is_so in parts.items() if is_so)
 

@@ -1,9 +1,12 @@
 """What several parts of the page read off a comparison."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from qlora_trainer.pages.layer_map import place_of
 from qlora_trainer.records import Comparison, ComparisonRow
+from qlora_trainer.stages.compare.judging import MIB
 from qlora_trainer.stages.compare.methods import REFERENCE
 
 
@@ -22,10 +25,31 @@ def metrics_of(comparison: Comparison) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for row in comparison.rows for name in row.metrics or {}))
 
 
-def most_added_nats(comparison: Comparison) -> float | None:
-    """What the recipe allows above 16 bit; None where the comparison was kept without its settings."""
-    bound = comparison.settings.get("most_added_nats")
-    return float(bound) if isinstance(bound, int | float) else None
+@dataclass(frozen=True)
+class Bounds:
+    """What the recipe allows; None where it sets no bound, or the comparison was kept without its settings.
+
+    Attributes:
+        added_nats: nats per token above 16 bit, at the upper end of the interval.
+        bytes: of the weights.
+    """
+
+    added_nats: float | None
+    bytes: float | None
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Self:
+        """Those of a comparison's settings."""
+        nats, mib = (comparison.settings.get(name) for name in ("most_added_nats", "most_mib"))
+        return cls(
+            added_nats=nats if isinstance(nats, int | float) else None,
+            bytes=mib * MIB if isinstance(mib, int | float) else None,
+        )
+
+
+def standing_of_the_chosen(comparison: Comparison) -> str:
+    """What the chosen method is: recommended, or merely nearest to the bounds that no method meets."""
+    return "recommended" if comparison.recommendation.is_within_bounds else "of least loss"
 
 
 def layers_in_words(names: Sequence[str]) -> str:

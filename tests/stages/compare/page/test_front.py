@@ -68,6 +68,15 @@ def test_the_front_goes_down_in_steps_through_its_methods() -> None:
 
 def test_the_bound_is_drawn_where_it_is_known() -> None:
     assert len(by_class(front_chart(COMPARISON), "allowed")) == 1
+    both = {"most_added_nats": 0.02, "most_mib": 20.0}
+    svg = front_chart(replace(COMPARISON, settings=both))
+    level, upright = (
+        [float(pair.split(",")[axis]) for pair in str(line.get("points")).split()]
+        for axis, line in enumerate(by_class(svg, "allowed"))
+    )
+    width = float(str(fromstring(svg).get("viewBox")).split()[2])
+    assert 0 < level[0] < level[1] < width
+    assert 0 < upright[0] < upright[1]
     assert by_class(front_chart(replace(COMPARISON, settings={})), "allowed") == []
 
 

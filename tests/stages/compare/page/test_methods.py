@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 from qlora_trainer.pages.blocks import Chart, Grid
+from qlora_trainer.records import Recommendation
 from qlora_trainer.stages.compare.page.methods import explained, methods, methods_table
 from tests.stages.compare.compared import COMPARISON
 
@@ -45,6 +46,15 @@ def test_the_recommended_row_stands_out_and_it_alone() -> None:
     assert [table.rows[number][0].text for number in table.marked] == ["gptq_int4"]
 
 
+def test_where_nothing_meets_the_bounds_no_row_stands_out_and_what_is_too_large_says_so() -> None:
+    advice = Recommendation("rtn_int8", "words", is_within_bounds=False)
+    table = methods_table(replace(COMPARISON, recommendation=advice, settings={"most_mib": 2.75}))
+    assert table.marked == frozenset()
+    notes = {row[0].text: row[0].note for row in table.rows}
+    assert notes["rtn_int8"] == "of least loss, on the front, too large"
+    assert notes["nf4"] == "on the front"
+
+
 def test_figures_that_were_not_measured_are_dashes() -> None:
     rows = tuple(replace(row, decode_tokens_per_second=None, peak_bytes=None, kl=None) for row in COMPARISON.rows)
     table = methods_table(replace(COMPARISON, rows=rows))
@@ -72,7 +82,7 @@ def test_the_section_draws_and_lists() -> None:
     section = methods(COMPARISON)
     assert [type(block) for block in section.blocks if isinstance(block, Chart | Grid)] == [Chart, Grid]
     (chart,) = (block for block in section.blocks if isinstance(block, Chart))
-    assert chart.caption.endswith("The dashed line is what the recipe allows, 0.02 nats.")
+    assert chart.caption.endswith("Dashed: what the recipe allows.")
 
 
 def test_each_method_is_explained_with_what_it_left_in_16_bit() -> None:
