@@ -11,15 +11,12 @@ the first eight words are the prompt, and perplexity is ``exp(nats per token)`` 
 import argparse
 import json
 import math
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from qlora_trainer.runtime.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts/results"
@@ -125,10 +122,8 @@ def measure(name: str, case: Case) -> None:
         for row in found["rows"]:
             row["perplexity"] = row["nats_per_token"] and math.exp(row["nats_per_token"]["value"])
     result = {
-        "command": f"python {shlex.join(command)}",
         "commit": _commit(),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "environment": describe_environment(),
         **found,
     }
     path = RESULTS / f"compare_{name}.json"
