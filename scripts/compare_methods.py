@@ -1,6 +1,6 @@
 """What does each quantization method cost on four models and tasks, and which one does `compare` recommend?
 
-    python scripts/compare_methods.py                 # all cases, about ten minutes each on one core
+    python scripts/compare_methods.py                 # all cases: half an hour on two idle cores
     python scripts/compare_methods.py quickstart      # one of them
 
 Writes ``scripts/results/compare_<case>.json``. Finished methods are kept in ``runs/``, so that it goes on where it was
@@ -27,10 +27,6 @@ LEAST_WORDS = 40
 ALL_METHODS = (
     "[rtn_int8, rtn_int4, gptq_int4, awq_int4, autoround_int4, obq_int4, nf4, fp4, llm_int8, rtn_w8a8, "
     "smoothquant_w8a8, zeroquant_w8a8, zeroquant_w4a8]"
-)
-QUICK_METHODS = (
-    "[rtn_int8, rtn_int4, gptq_int4, awq_int4, rtn_w8a8, smoothquant_w8a8, nf4, fp4, llm_int8, zeroquant_w8a8, "
-    "zeroquant_w4a8]"
 )
 WITH_CACHE = "[rtn_w8a8kv8, rtn_w4a8kv8, rtn_w4a8kv4, llm_qat_w8a8kv8, llm_qat_w4a8kv8, llm_qat_w4a8kv4]"
 ON_WIKITEXT = (
@@ -65,10 +61,9 @@ class Case:
 CASES = {
     "quickstart": Case(
         "recipes/quickstart.yaml",
-        # OBQ takes hours at these widths, learned rounding minutes.
+        # OBQ takes ten minutes at these widths, on two cores.
         (
-            f"compare.methods={QUICK_METHODS}",
-            "run.threads=1",
+            f"compare.methods={ALL_METHODS}",
             "training.max_steps=120",
             "evaluation.generation_rows=60",
             "calibration.rows=48",
