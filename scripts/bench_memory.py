@@ -41,8 +41,8 @@ from qlora_trainer.runtime.progress import Silent
 from qlora_trainer.runtime.tracking import Tracker
 from qlora_trainer.runtime.weight_files import copy_companions
 from qlora_trainer.stages import base_model, evaluate, train
-from qlora_trainer.stages.adapt import adapt, choose_layers
-from qlora_trainer.stages.quantize import quantize
+from qlora_trainer.stages.adapt import choose_layers, insert
+from qlora_trainer.stages.quantize import open_base, quantize
 from qlora_trainer.stages.train import TrainingInputs
 
 ROOT: Final = Path(__file__).parents[1]
@@ -169,7 +169,9 @@ def measure(case: Json, folder: Path) -> Json:
     device = choose_device().type
     predicted = predicted_for(case, recipe, shape, rows, device)
     before = resident_bytes()
-    model = adapt(quantized, recipe.lora, layers=layers, compute_dtype=recipe.quantization.compute_dtype, seed=0)
+    settings = recipe.quantization
+    opened = open_base(quantized, settings, layers=layers)
+    model = insert(opened, recipe.lora, layers=layers, compute_dtype=settings.compute_dtype, seed=0)
     release_freed()
     loaded = resident_bytes()
     trained = train.train(model, recipe, _inputs(recipe, rows, folder))

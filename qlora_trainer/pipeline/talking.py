@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from qlora_trainer.errors import RunFolderError
+from qlora_trainer.pipeline.quantizing import quantized_again
 from qlora_trainer.recipe import Recipe
-from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.runtime.device import set_threads
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.serving import ADAPTER, GGUF_ADAPTER, models_of
-from qlora_trainer.stages import adapt, base_model, quantize
+from qlora_trainer.stages import base_model
 from qlora_trainer.stages.converse import Sampling, Speaker, Voice, open_voice
 
 __all__ = ["Sampling", "Voice", "talk"]
@@ -29,7 +29,7 @@ def talk(recipe: Recipe, at: str | None = None, *, trust_remote_code: bool = Fal
     """
     set_threads(recipe.run.threads)
     folder = RunFolder(Path(recipe.run.folder) / recipe.run.name)
-    name = models_of(folder).named(at)
+    name = models_of(folder, recipe).named(at)
     return open_voice(
         _speaker(name, recipe, folder, trust_remote_code=trust_remote_code),
         recipe.data,
@@ -50,19 +50,7 @@ def _speaker(name: str, recipe: Recipe, folder: RunFolder, *, trust_remote_code:
         return Speaker(name, folder.merged, base.folder)
     if name in ("quantized", "trained", ADAPTER):
         adapter = {"trained": folder.adapter, ADAPTER: folder.exports / ADAPTER}.get(name)
-        quantized = _quantized(recipe, base, trust_remote_code=trust_remote_code)
-        return Speaker(name, quantized, base.folder, adapter)
+        quantized = quantized_again(recipe, base, trust_remote_code=trust_remote_code)
+        return Speaker(name, quantized.folder, base.folder, adapter)
     export = folder.exports / name
     return Speaker(name, next(iter(sorted(export.glob("*.gguf"))), export), base.folder)
-
-
-def _quantized(recipe: Recipe, base: BaseCheckpoint, *, trust_remote_code: bool) -> Path:
-    """Folder of the quantized base: from the cache, or made again."""
-    made = quantize.quantize(
-        base,
-        recipe.quantization,
-        lora=recipe.lora,
-        layers=adapt.choose_layers(base, recipe.lora, trust_remote_code=trust_remote_code),
-        content_key=base_model.content_key(base),
-    )
-    return made.folder

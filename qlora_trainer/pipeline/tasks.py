@@ -18,14 +18,15 @@ from qlora_trainer.errors import RunFolderError
 from qlora_trainer.export_formats import missing_modules
 from qlora_trainer.pipeline.journey import run
 from qlora_trainer.pipeline.ledger import Ledger
+from qlora_trainer.pipeline.quantizing import quantized_again
 from qlora_trainer.pipeline.task_file import write_rows
-from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
+from qlora_trainer.recipe import ExportFormat, Recipe
 from qlora_trainer.records import BaseCheckpoint, QuantizedModel, TaskEvaluation, TaskRow
 from qlora_trainer.runtime.atomic import sha256_of_files
 from qlora_trainer.runtime.device import seed_everything, set_threads
 from qlora_trainer.runtime.progress import Observer, Silent
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
-from qlora_trainer.stages import adapt, base_model, quantize, report, tasks
+from qlora_trainer.stages import base_model, report, tasks
 
 STAGES = ("base_16bit", "quantized_base", "adapter_unmerged", "merged_16bit")
 EXPORT_PREFIX = "export:"
@@ -88,7 +89,7 @@ def evaluate_tasks(
     seed_everything(recipe.run.seed)
     watcher = observer or Silent()
     root = Path(recipe.run.folder) / recipe.run.name
-    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder:
+    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=recipe.shaping) as folder:
         asking = Asking(recipe, request, folder, watcher, trust_remote_code=trust_remote_code)
         rows = tasks.rows_of(asking.everything(), report.resampling_of(recipe))
         write_rows(folder.tasks_json, rows)
@@ -168,9 +169,7 @@ class Asking:
     @cached_property
     def quantized(self) -> QuantizedModel:
         """The quantized base, from the cache or made again."""
-        recipe, layers = self.recipe, adapt.choose_layers(self.base, self.recipe.lora)
-        key = base_model.content_key(self.base)
-        return quantize.quantize(self.base, recipe.quantization, lora=recipe.lora, layers=layers, content_key=key)
+        return quantized_again(self.recipe, self.base, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> tasks.TextTokenizer:
@@ -215,7 +214,9 @@ class Asking:
         )
 
     def _there(self) -> Iterator[str]:
-        yield from ("base_16bit", "quantized_base")
+        yield "base_16bit"
+        if self.recipe.quantization.data_type != "none":
+            yield "quantized_base"
         if (self.folder.adapter / "adapter_config.json").is_file():
             yield "adapter_unmerged"
         if (self.folder.merged / "config.json").is_file():

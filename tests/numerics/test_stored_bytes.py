@@ -13,7 +13,7 @@ from tests.numerics.shapes import LLAMA_65B, SMALL
     [(False, 0.5), (True, 8 / 64 + 32 / (64 * 256))],
 )
 def test_constants_take_the_bits_that_the_paper_says(double_quant: bool, bits: float) -> None:
-    size = stored_bytes.quantization_constant_bytes(LLAMA_65B, "nf4", double_quant=double_quant)
+    size = stored_bytes.quantization_constant_bytes(LLAMA_65B, TrainingLoad(double_quant=double_quant))
     assert 8 * size / LLAMA_65B.linear_parameters == pytest.approx(bits, rel=1e-6)
 
 

@@ -1,4 +1,7 @@
-"""What a 4-bit layer, or one of integers, with a LoRA adapter computes with, in place of the library's own forward.
+"""What a frozen layer with a LoRA adapter computes with, in place of the library's own forward.
+
+For layers of 4 bits, of integers, and for those that are not quantized; int8 layers of bitsandbytes go the library's
+way.
 
 The same function, with less kept and nothing copied: the library casts the input of every adapter to float32, keeps it,
 and clones the frozen layer's output.
@@ -65,6 +68,19 @@ class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
         )
 
 
+class LeanLinear(Linear):  # type: ignore[misc]  # peft is untyped
+    """The same for a layer that is not quantized: its weight is there already, in the type of its input."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x W^T + b + s dropout(x) A^T B^T`` in the type of ``x``."""
+        adapter = _plain_adapter(self)
+        if adapter is None or args or kwargs:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        base = self.get_base_layer()
+        return _lean_forward(self, adapter, x, lambda: base.weight.to(x.dtype))
+
+
 def _lean_forward(layer: Any, adapter: str, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
     update = LowRankUpdate(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
     dropped = layer.lora_dropout[adapter](x)
@@ -80,6 +96,14 @@ def _plain_adapter(layer: Any) -> str | None:
     return None if active[0] in layer.lora_variant else active[0]
 
 
-def lean_layers() -> dict[type[nn.Module], type[nn.Module]]:
-    """Adapted layers by the class of their frozen layer, as peft's ``LoraConfig`` wants custom modules."""
-    return {bnb.FourBitLinear: LeanLinear4bit, IntegerLinear: LeanIntegerLinear}
+def lean_layers(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+    """Adapted layers by the class of their frozen layer, as peft's ``LoraConfig`` wants custom modules.
+
+    Args:
+        model: that gets them; bitsandbytes' layers are linear ones too, so that these have to be known of.
+    """
+    packed: dict[type[nn.Module], type[nn.Module]] = {
+        bnb.FourBitLinear: LeanLinear4bit,
+        IntegerLinear: LeanIntegerLinear,
+    }
+    return packed if bnb.has_quantized_layers(model) else {**packed, nn.Linear: LeanLinear}
