@@ -78,7 +78,11 @@ def test_a_wrong_value_is_refused_and_not_converted(section: str, settings: dict
         ("quantization", {"data_type": "int8", "double_quant": True}, "no meaning for int8"),
         ("quantization", {"data_type": "gptq_int4", "double_quant": True}, r"no meaning for gptq_int4 \(one bfloat16"),
         ("quantization", {"data_type": "none", "double_quant": True}, r"no meaning for none \(nothing is quantized\)"),
-        ("quantization", {"data_type": "nf4", "group_size": 32}, "group_size: 32 has no meaning for nf4; remove it, or"),
+        (
+            "quantization",
+            {"data_type": "nf4", "group_size": 32},
+            "group_size: 32 has no meaning for nf4; remove it, or",
+        ),
         ("quantization", {"data_type": "none", "group_size": 64}, "group_size: 64 has no meaning for none"),
         ("lora", {"use_dora": True, "init": "pissa"}, "use_dora needs init: default"),
         ("data", {"render": "text", "format": "messages"}, "render: text reads prompt and completion"),
@@ -125,7 +129,9 @@ def test_loftq_is_refused_where_it_would_repair_the_wrong_base(
         ({"data_type": "none"}, False),
     ],
 )
-def test_bases_with_absmax_constants_are_doubly_quantized_unless_told_otherwise(settings: dict[str, object], doubly: bool) -> None:
+def test_bases_with_absmax_constants_are_doubly_quantized_unless_told_otherwise(
+    settings: dict[str, object], doubly: bool
+) -> None:
     assert Quantization.model_validate(settings).doubly_quantized is doubly
 
 

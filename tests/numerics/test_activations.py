@@ -84,6 +84,14 @@ def test_layers_keep_what_was_predicted(
         ({"use_dora": True, "dropout": 0.1}, "nf4", "float32"),
         ({}, "int8", "bfloat16"),
         ({"dropout": 0.1}, "int8", "bfloat16"),
+        ({}, "none", "bfloat16"),
+        ({}, "none", "float32"),
+        ({"dropout": 0.1}, "none", "bfloat16"),
+        ({"use_dora": True}, "none", "bfloat16"),
+        ({}, "gptq_int4", "bfloat16"),
+        ({}, "gptq_int4", "float32"),
+        ({"dropout": 0.1}, "gptq_int4", "bfloat16"),
+        ({"use_dora": True}, "gptq_int4", "bfloat16"),
     ],
 )
 def test_what_goes_its_own_way_keeps_what_was_predicted(
