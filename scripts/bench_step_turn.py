@@ -130,7 +130,8 @@ def matrix_flops(model: nn.Module, batch: Batch, lengths: list[int]) -> int:
     """Floating-point operations of a step's matrix products, none of them done twice: forward pass, gradients of
     activations and of the factors, and causal attention (half of the squares).
     """
-    config = vars(model)["_modules"]["base_model"].model.config
+    door: Any = model
+    config = door.config
     linear = sum(module.in_features * module.out_features for module in _linears(model, "base_layer"))
     factors = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tokens = sum(lengths)

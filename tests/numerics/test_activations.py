@@ -1,12 +1,14 @@
 """What a layer keeps for the backward pass: counted in a real model, packed rows, as training runs it."""
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qlora_trainer.data.batches import collate_packed
 from qlora_trainer.numerics import activations
@@ -18,11 +20,24 @@ from tests.stages.workbench import bench_for, random_rows, recipe_for
 RANK = 8
 
 
-@dataclass(eq=False)
-class Held:
-    """A tensor that nothing but autograd's graph holds."""
+class Made(TorchDispatchMode):
+    """Storages made while it lasts, and still there: also what autograd's hooks do not see, as a closure's tensor."""
 
-    tensor: torch.Tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def bytes(self) -> int:
+        """Of what is still there, each storage once."""
+        return sum(storage.nbytes() for storage in self._alive)
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        taken = {each.untyped_storage() for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor) and each.untyped_storage() not in taken:
+                self._alive.add(each.untyped_storage())
+        return made
 
 
 def kept_bytes(
@@ -37,23 +52,10 @@ def kept_bytes(
     assert path.packs
     rows = random_rows(12)
     batch = collate_packed(rows, range(12))
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    held: weakref.WeakSet[Held] = weakref.WeakSet()
-
-    def keep(tensor: torch.Tensor) -> Held:
-        found = Held(tensor)
-        held.add(found)
-        return found
-
-    with (
-        path.attending(model, is_packed=True),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda found: found.tensor),
-    ):
+    with path.attending(model, is_packed=True), Made() as made:
         loss = path.summed_nats(model, batch.token_ids, batch.labels, boundaries=batch.boundaries)
-    # What belongs to branches that led nowhere, as the weights' norms of DoRA, is gone by now.
-    storages = {each.tensor.untyped_storage().data_ptr(): each.tensor.untyped_storage().nbytes() for each in held}
     assert loss.requires_grad
-    return batch.token_ids.numel(), sum(size for place, size in storages.items() if place not in weights)
+    return batch.token_ids.numel(), made.bytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

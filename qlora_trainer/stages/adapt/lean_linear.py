@@ -8,6 +8,7 @@ and clones the frozen layer's output.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,7 @@ class LeanLinear4bit(Linear4bit):  # type: ignore[misc]  # peft is untyped
         if adapter is None or args or kwargs:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        base = self.get_base_layer()
-        return _lean_forward(self, adapter, x, lambda: bnb.dequantized(base, x.dtype))
+        return _lean_forward(self, adapter, x, partial(bnb.dequantized, self.get_base_layer(), x.dtype))
 
 
 class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
@@ -53,8 +53,7 @@ class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
         if adapter is None or args or kwargs:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        base = self.get_base_layer()
-        return _lean_forward(self, adapter, x, lambda: base.dequantized(x.dtype))
+        return _lean_forward(self, adapter, x, partial(self.get_base_layer().dequantized, x.dtype))
 
     def merge(self, *_args: Any, **_kwargs: Any) -> None:
         """Refused: the sum of integers and a trained delta is on no grid.
@@ -82,6 +81,7 @@ class LeanLinear(Linear):  # type: ignore[misc]  # peft is untyped
 
 
 def _lean_forward(layer: Any, adapter: str, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    # ``weight`` is kept until the backward pass: nothing that it holds may hold ``x``, or checkpointing frees nothing.
     update = LowRankUpdate(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
     dropped = layer.lora_dropout[adapter](x)
     frozen = FrozenLayer(weight, layer.get_base_layer().bias)
