@@ -76,8 +76,7 @@ class LeanLinear(Linear):  # type: ignore[misc]  # peft is untyped
         if adapter is None or args or kwargs:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        base = self.get_base_layer()
-        return _lean_forward(self, adapter, x, lambda: base.weight.to(x.dtype))
+        return _lean_forward(self, adapter, x, partial(self.get_base_layer().weight.to, x.dtype))
 
 
 def _lean_forward(layer: Any, adapter: str, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
