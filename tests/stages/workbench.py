@@ -81,6 +81,17 @@ class Bench:
             initial=self.quantized.initial_factors,
         )
 
+    def merge_source(self, adapter: Path) -> MergeSource:
+        """The merged weights of an adapter in a folder."""
+        return merge.merge_source(
+            self.recipe,
+            base=self.base,
+            quantized=self.quantized,
+            weight_format=quantize.weight_format_of(self.recipe.quantization),
+            layers=self.layers,
+            adapter=adapter,
+        )
+
     def written_adapter(self, model: PeftModel, folder: Path) -> Path:
         """The model's adapter in PEFT format."""
         folder.mkdir(parents=True)
@@ -95,14 +106,7 @@ class Bench:
 def export_inputs(bench: Bench, adapter: Path, folder: Path, *, rows: int = 24) -> ExportInputs:
     """What exporting works on, as the pipeline puts it together; writes the merged 16-bit folder."""
     recipe = bench.recipe
-    source = merge.merge_source(
-        recipe,
-        base=bench.base,
-        quantized=bench.quantized,
-        weight_format=quantize.weight_format_of(recipe.quantization),
-        layers=bench.layers,
-        adapter=adapter,
-    )
+    source = bench.merge_source(adapter)
     merged = merge.merge(source, folder / "merged", data_type="bfloat16")
     return ExportInputs(
         base=bench.base.folder,
