@@ -151,7 +151,7 @@ def adapted_model(folder: Path, job: Json, rung: Rung) -> nn.Module:
     base = BaseCheckpoint(folder=folder / "model", parameters=0, bytes=0)
     layers = choose_layers(base, lora)
     quantized = quantize(base, settings, lora=lora, layers=layers, content_key="random weights")
-    lean_layers = insertion.lean_layers if rung.has_lean_adapters else lambda model: {}
+    lean_layers = insertion.lean_layers if rung.has_lean_adapters else dict
     make_lean = insertion.make_lean if rung.has_lean_modules else lambda model, dtype: 0
     with patch.object(insertion, "lean_layers", lean_layers), patch.object(insertion, "make_lean", make_lean):
         opened = open_base(quantized, settings, layers=layers)

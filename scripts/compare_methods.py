@@ -1,6 +1,6 @@
 """What does each quantization method cost on four models and tasks, and which one does `compare` recommend?
 
-    python scripts/compare_methods.py                 # all cases, about ten minutes each on one core
+    python scripts/compare_methods.py                 # all cases: half an hour on two idle cores
     python scripts/compare_methods.py quickstart      # one of them
 
 Writes ``scripts/results/compare_<case>.json``. Finished methods are kept in ``runs/``, so that it goes on where it was
@@ -11,15 +11,12 @@ the first eight words are the prompt, and perplexity is ``exp(nats per token)`` 
 import argparse
 import json
 import math
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from qlora_trainer.runtime.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts/results"
@@ -30,10 +27,6 @@ LEAST_WORDS = 40
 ALL_METHODS = (
     "[rtn_int8, rtn_int4, gptq_int4, awq_int4, autoround_int4, obq_int4, nf4, fp4, llm_int8, rtn_w8a8, "
     "smoothquant_w8a8, zeroquant_w8a8, zeroquant_w4a8]"
-)
-QUICK_METHODS = (
-    "[rtn_int8, rtn_int4, gptq_int4, awq_int4, rtn_w8a8, smoothquant_w8a8, nf4, fp4, llm_int8, zeroquant_w8a8, "
-    "zeroquant_w4a8]"
 )
 WITH_CACHE = "[rtn_w8a8kv8, rtn_w4a8kv8, rtn_w4a8kv4, llm_qat_w8a8kv8, llm_qat_w4a8kv8, llm_qat_w4a8kv4]"
 ON_WIKITEXT = (
@@ -68,10 +61,9 @@ class Case:
 CASES = {
     "quickstart": Case(
         "recipes/quickstart.yaml",
-        # OBQ takes hours at these widths, learned rounding minutes.
+        # OBQ takes ten minutes at these widths, on two cores.
         (
-            f"compare.methods={QUICK_METHODS}",
-            "run.threads=1",
+            f"compare.methods={ALL_METHODS}",
             "training.max_steps=120",
             "evaluation.generation_rows=60",
             "calibration.rows=48",
@@ -125,10 +117,8 @@ def measure(name: str, case: Case) -> None:
         for row in found["rows"]:
             row["perplexity"] = row["nats_per_token"] and math.exp(row["nats_per_token"]["value"])
     result = {
-        "command": f"python {shlex.join(command)}",
         "commit": _commit(),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "environment": describe_environment(),
         **found,
     }
     path = RESULTS / f"compare_{name}.json"

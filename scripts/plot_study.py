@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 from xml.etree.ElementTree import Element, tostring
 
-from qlora_trainer.stages.report.axes import LogScale, Scale, tick_text
-from qlora_trainer.stages.report.svg import canvas, draw_dot, draw_line, draw_text
+from qlora_trainer.pages.axes import LogScale, Scale, tick_text
+from qlora_trainer.pages.svg import canvas, draw_dot, draw_line, draw_text
 
 SIZE: Final = (980, 430)
 TOP, BOTTOM = 64, 372

@@ -30,6 +30,25 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+RUN = "document.title='run'"
+HOSTILE = f'</script></style><script>{RUN}</script><img src=x onerror="{RUN}">\u202e\x00\x1b[31m'
+"""Text that would run, ask for something, and turn what stands beside it, where a page took it for markup."""
+# Least contrast of text against its ground, WCAG 2.2 section 1.4.3: at least 4.5.
+CONTRAST = """(() => {
+  const luminance = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number).map(each => each / 255)
+    .map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, each, index) => sum + each * [0.2126, 0.7152, 0.0722][index], 0);
+  const ground = element => {
+    for (let each = element; each; each = each.parentElement) {
+      const colour = getComputedStyle(each).backgroundColor;
+      if (!/, 0\\)$/.test(colour) && colour !== "transparent") return colour;
+    }
+  };
+  const texts = "main p, main dt, main dd, main td, main th, main .note, .status, ins, del, mark";
+  return Math.min(...[...document.querySelectorAll(texts)]
+    .map(element => [luminance(getComputedStyle(element).color), luminance(ground(element))])
+    .map(([first, second]) => (Math.max(first, second) + 0.05) / (Math.min(first, second) + 0.05)));
+})()"""
 SECONDS = 60.0
 """For one answer; the first takes as long as the browser takes to start."""
 

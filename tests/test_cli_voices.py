@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qlora_trainer import errors
+from qlora_trainer import errors, pipeline
 from qlora_trainer.cli.json_lines import EVENTS, JsonLines
 from qlora_trainer.cli.watching import LiveWatch, PlainWatch, watching
 from qlora_trainer.recipe import Recipe
-from qlora_trainer.records import Choice, RunReport
+from qlora_trainer.records import Choice, Comparison, RunReport
 from qlora_trainer.runtime.progress import Observer, TrainingProgress, WorkProgress
+from tests.stages.compare.compared import COMPARISON
 from tests.test_cli import FILE, REPORT, invoke, progress, recipe, stand_in, terminal, written
 
 __all__ = ["recipe"]  # a fixture
@@ -264,6 +265,74 @@ def test_the_events_are_listed_on_demand() -> None:
     for event, fields in EVENTS.items():
         part = out.partition(f"\n{event}\n")[2].partition("\n\n")[0]
         assert [line.split()[0] for line in part.splitlines()] == list(fields)
+
+
+# compare.
+
+
+def compared(recipe: Recipe, *, observer: Observer, command: str, **options: object) -> Comparison:
+    run_through(observer)
+    return replace(COMPARISON, command=command)
+
+
+def test_a_comparison_tells_people_the_table_and_where_the_page_lies(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "compare", compared)
+    code, out, err = invoke("compare", recipe)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "tiny.yaml -> runs/tiny"
+    assert any(line.strip().startswith("gptq_int4 *") for line in lines)
+    assert "awq_int4: not measured: a | b <script> *bold*" in lines
+    page = Path("runs/tiny/compare.html")
+    assert f"Page: {page}  (text: {page.with_suffix('.md')})" in lines
+
+
+def test_a_comparison_in_json_says_what_it_gave(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "compare", compared)
+    code, out, err = invoke("compare", recipe, "--json")
+    assert (code, err) == (0, "")
+    told = lines_of(out)
+    for line in told:
+        assert set(line) == {"event", "time", *EVENTS[line["event"]]}
+    assert told[0]["event"] == "run_started"
+    assert "stage_started" in {line["event"] for line in told}
+    last = told[-1]
+    assert (last["event"], last["recommended"], last["exit_code"]) == ("compared", "gptq_int4", 0)
+    assert last["is_within_bounds"]
+    assert last["failed"] == {"awq_int4": "a | b <script> *bold*"}
+    assert (last["comparison"], last["page"]) == ("runs/tiny/compare.json", "runs/tiny/compare.html")
+
+
+def test_a_quiet_comparison_prints_where_its_result_lies_and_nothing_else(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "compare", compared)
+    assert invoke("compare", recipe, "--quiet") == (0, "runs/tiny/compare.json\n", "")
+    assert invoke("compare", recipe, "-q")[0] == 0
+
+
+def test_a_comparison_knows_the_command_that_repeats_it(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def keep(recipe: Recipe, *, command: str, **options: object) -> Comparison:
+        commands.append(command)
+        return COMPARISON
+
+    monkeypatch.setattr(pipeline, "compare", keep)
+    invoke("compare", recipe, "--set", "compare.methods=[nf4, fp4]", "-q")
+    assert commands == ["qlora-trainer compare tiny.yaml --set 'compare.methods=[nf4, fp4]'"]
+
+
+@pytest.mark.parametrize(("flag", "told"), [("--json", '"event": "error"'), ("--quiet", "")])
+def test_a_comparison_that_fails_keeps_its_exit_code_in_every_voice(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, flag: str, told: str
+) -> None:
+    monkeypatch.setattr(pipeline, "compare", raising(errors.BaseModelError("no numbers")))
+    code, out, err = invoke("compare", recipe, flag)
+    assert (code, err) == (2, "no numbers\n")
+    assert told in out
 
 
 # --quiet.

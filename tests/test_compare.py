@@ -79,11 +79,20 @@ def test_int8_is_nearer_to_16_bit_than_int4_and_gptq_than_nearest(made: Made) ->
     assert sizes["rtn_int4"] < sizes["rtn_int8"] < sizes["16bit"]
 
 
-def test_both_files_stand_in_the_run_folder_and_nothing_else_is_left(made: Made) -> None:
+def test_all_files_stand_in_the_run_folder_and_nothing_else_is_left(made: Made, tmp_path: Path) -> None:
     found = json.loads((made.root / "compare.json").read_text())
     assert [row["method"] for row in found["rows"]] == ["16bit", *METHODS]
-    assert (made.root / "compare.md").read_text() == stage.markdown(made.found)
     assert not (made.root / ".compare").exists()
+    stage.write_pages(stage.read(made.root / "compare.json"), tmp_path)
+    for name in ("compare.md", "compare.html"):
+        assert (made.root / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_what_was_asked_for_and_where_it_ran_are_kept_with_the_figures(made: Made) -> None:
+    assert made.found.settings["group_size"] == 32
+    assert made.found.recipe_text == (made.root / "recipe.yaml").read_text()
+    assert {"processor", "torch"} <= set(made.found.environment)
+    assert made.found.command == f"qlora-trainer compare {made.root / 'recipe.yaml'}"
 
 
 def test_a_second_time_everything_is_read_back(made: Made) -> None:
@@ -121,6 +130,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason_and_the_others_go_on(
     assert reasons["rtn_int8"].startswith("out of memory")
     assert "groups of 48 do not divide the 64, 128 inputs of 14 layers" in reasons["rtn_int4"]
     assert found.recommendation.method == "16bit"
+    assert found.recommendation.is_within_bounds
     monkeypatch.undo()
     watcher = Watcher()
     again = pipeline.compare(recipe, observer=watcher)
@@ -187,6 +197,14 @@ def test_the_command_shows_the_table_and_the_recommendation(made: Made, tmp_path
     assert answer.exit_code == 0, answer.output
     assert "smoothquant_w8a8" in answer.output
     assert f"Recommended: {made.found.recommendation.method}" in answer.output
+    assert f"Page: {made.root / 'compare.html'}" in answer.output
+    assert stage.read(made.root / "compare.json").command == f"qlora-trainer compare {path}"
+
+
+def test_work_within_a_comparison_is_told_while_it_goes_on(llama_folder: Path, tmp_path: Path) -> None:
+    watcher = Watcher()
+    pipeline.compare(base_recipe(llama_folder, tmp_path, methods=("rtn_int8",)), observer=watcher)
+    assert {"scoring", "generating"} <= watcher.worked
 
 
 def test_an_unknown_method_is_refused_with_the_one_that_was_meant(made: Made, tmp_path: Path) -> None:

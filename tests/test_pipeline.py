@@ -50,6 +50,7 @@ class Watcher:
     stop_at_step: int | None = None
     done: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
+    worked: set[str] = field(default_factory=set)
 
     def stage_started(self, name: str) -> None: ...
 
@@ -60,7 +61,8 @@ class Watcher:
         if progress.step == self.stop_at_step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def work(self, progress: WorkProgress) -> None: ...
+    def work(self, progress: WorkProgress) -> None:
+        self.worked.add(progress.what)
 
     def note(self, text: str) -> None: ...
 

@@ -135,9 +135,20 @@ def _sweep(
         _carry_out(verb, recipe, settings, trust_remote_code=trust_remote_code, voice=voice)
 
 
-def _compare(recipe: RecipePath, overrides: Overrides, *, trust_remote_code: TrustRemoteCode = False) -> None:
-    with guarded():
-        compare.carry_out(recipe, overrides, trust_remote_code=trust_remote_code)
+def _compare(
+    recipe: RecipePath,
+    overrides: Overrides,
+    *,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    from qlora_trainer.cli.voices import choose_voice  # noqa: PLC0415
+
+    voice = choose_voice(quiet=quiet, as_json=as_json)
+    with guarded(voice.failed):
+        command = _command("compare", recipe, overrides)
+        compare.carry_out(recipe, overrides, command=command, trust_remote_code=trust_remote_code, voice=voice)
 
 
 def _carry_out(verb: Verb, path: Path, overrides: Sequence[str], *, trust_remote_code: bool, voice: "Voice") -> None:

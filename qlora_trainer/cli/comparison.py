@@ -29,7 +29,8 @@ def show_comparison(console: Console, found: Comparison) -> None:
         if row.failed is not None:
             write(console, f"{row.method}: not measured: {row.failed}", style="yellow")
     write(console, "bold or *: no other method is both smaller and better. In brackets: dequantized before use.")
-    write(console, f"Recommended: {found.recommendation.method}: {found.recommendation.why}.")
+    standing = "Recommended" if found.recommendation.is_within_bounds else "Of least loss"
+    write(console, f"{standing}: {found.recommendation.method}: {found.recommendation.why}.")
 
 
 def _cells(row: ComparisonRow, metrics: Sequence[str]) -> list[str]:

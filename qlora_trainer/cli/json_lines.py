@@ -65,6 +65,17 @@ EVENTS: Mapping[str, Mapping[str, str]] = {
         "peak_bytes": "largest resident memory",
         "exit_code": "of the command",
     },
+    "compared": {
+        "recommended": "method to take, or `16bit`",
+        "why": "one sentence with the figures that decided",
+        "is_within_bounds": "whether it meets the recipe's bounds; if not, no method does",
+        "failed": "reasons by method, of those that could not be measured",
+        "comparison": "path of compare.json, which holds every row",
+        "page": "path of compare.html",
+        "seconds": "of this command",
+        "peak_bytes": "largest resident memory",
+        "exit_code": "of the command",
+    },
     "error": {"message": "what is wrong, where, and the mend", "exit_code": "of the command"},
 }
 """Fields of every event besides ``event`` and ``time``."""

@@ -11,12 +11,13 @@ import typer
 from rich.console import Console
 
 from qlora_trainer.cli.checked import show_preflight
+from qlora_trainer.cli.comparison import show_comparison
 from qlora_trainer.cli.json_lines import JsonLines
-from qlora_trainer.cli.screen import make_console, tell_error, write
+from qlora_trainer.cli.screen import duration, make_console, size, tell_error, write
 from qlora_trainer.cli.summary import show_report
 from qlora_trainer.cli.watching import watching
 from qlora_trainer.preflight import Budget, Preflight
-from qlora_trainer.records import RunReport
+from qlora_trainer.records import Comparison, RunReport
 from qlora_trainer.runtime.progress import Observer, Silent
 
 
@@ -60,6 +61,23 @@ class Checked:
     exit_code: int
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What ``compare`` ended with.
+
+    Attributes:
+        found: rows and recommendation.
+        folder: of the run, with compare.json, compare.md and compare.html.
+        seconds: wall-clock time of this command.
+        peak_bytes: largest resident memory of this process.
+    """
+
+    found: Comparison
+    folder: Path
+    seconds: float
+    peak_bytes: int
+
+
 class Voice(Protocol):
     """Tells what a command does, from its beginning to its end."""
 
@@ -74,6 +92,9 @@ class Voice(Protocol):
 
     def checked(self, checked: Checked) -> None:
         """``check`` is done."""
+
+    def compared(self, compared: Compared) -> None:
+        """``compare`` is done."""
 
     def failed(self, message: str, exit_code: int) -> None:
         """An error ends the command."""
@@ -125,13 +146,19 @@ class PeopleVoice:
         else:
             write(self.console, f"\nReady: {checked.following}")
 
+    def compared(self, compared: Compared) -> None:
+        """Prints the table, the recommendation, and where the page lies."""
+        show_comparison(self.console, compared.found)
+        write(self.console, f"\nPage: {compared.folder / 'compare.html'}  (text: {compared.folder / 'compare.md'})")
+        write(self.console, f"Took {duration(compared.seconds)}, peak memory {size(compared.peak_bytes)}")
+
     def failed(self, message: str, exit_code: int) -> None:
         """Prints it to standard error."""
         tell_error(message)
 
 
 class QuietVoice:
-    """Errors to standard error, and at the end where the report lies: one line, nothing else."""
+    """Errors to standard error, and at the end where the result lies: one line, nothing else."""
 
     def began(self, recipe: Path, folder: Path) -> None:
         """Says nothing."""
@@ -150,6 +177,10 @@ class QuietVoice:
         """Prints problems to standard error."""
         if checked.found.problems:
             tell_error(_problems(checked))
+
+    def compared(self, compared: Compared) -> None:
+        """Prints the path of compare.json."""
+        write(make_console(), str(compared.folder / "compare.json"))
 
     def failed(self, message: str, exit_code: int) -> None:
         """Prints it to standard error."""
@@ -201,6 +232,22 @@ class JsonVoice:
         )
         if found.problems:
             tell_error(_problems(checked))
+
+    def compared(self, compared: Compared) -> None:
+        """Writes ``compared``."""
+        found, advice = compared.found, compared.found.recommendation
+        self.lines.tell(
+            "compared",
+            recommended=advice.method,
+            why=advice.why,
+            is_within_bounds=advice.is_within_bounds,
+            failed={row.method: row.failed for row in found.rows if row.failed is not None},
+            comparison=str(compared.folder / "compare.json"),
+            page=str(compared.folder / "compare.html"),
+            seconds=compared.seconds,
+            peak_bytes=compared.peak_bytes,
+            exit_code=0,
+        )
 
     def failed(self, message: str, exit_code: int) -> None:
         """Writes ``error``, and the message to standard error."""

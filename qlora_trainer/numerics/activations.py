@@ -30,9 +30,11 @@ def kept_by_layer(shape: ModelShape, load: TrainingLoad) -> dict[str, int]:
     }
     if shape.has_head_norms:
         kept["norms of heads"] = size * (queries + keys) + 4 * (shape.heads + shape.kv_heads)
-    if load.data_type == "int8" and (load.has_dropout or size != 4):
-        # On the context of bitsandbytes' product, where no hook of autograd sees it; in float32 adapters share it.
-        kept["inputs of int8 layers"] = size * _shared_width(shape, tuple(shape.linears))
+    if shape.fuses_qkv:
+        # Values are a part of what the one layer gave, and keep all of it, beside queries and keys as they were turned.
+        kept["queries and keys not turned"] = size * (queries + keys)
+    if inputs := _inputs_of_int8(shape, load):
+        kept["inputs of int8 layers"] = inputs
     return kept | _extras(load, adapted)
 
 
@@ -49,7 +51,7 @@ def kept_weights_of_layer(shape: ModelShape, load: TrainingLoad) -> int:
 def kept(shape: ModelShape, load: TrainingLoad) -> int:
     """Bytes that the decoder layers keep for the backward pass at its beginning, under the load's policy."""
     layer = _kept_of_layer(shape, load)
-    only_input = load.tokens * shape.hidden * load.compute_bytes
+    only_input = load.tokens * (shape.hidden * load.compute_bytes + _inputs_of_int8(shape, load))
     repeated = {"none": 0, "selective": (shape.layers + 1) // 2, "full": shape.layers}[load.checkpointing]
     return repeated * only_input + (shape.layers - repeated) * layer
 
@@ -108,9 +110,19 @@ def _kept_of_layer(shape: ModelShape, load: TrainingLoad) -> int:
     return load.tokens * sum(kept_by_layer(shape, load).values()) + kept_weights_of_layer(shape, load)
 
 
+def _inputs_of_int8(shape: ModelShape, load: TrainingLoad) -> int:
+    """Bytes per token that bitsandbytes' own int8 product keeps, which DoRA takes, whatever the checkpointing.
+
+    They are attributes of its context, where autograd's hooks do not see them; in float32 adapters share them.
+    """
+    if load.data_type != "int8" or not load.use_dora or (load.compute_bytes == 4 and not load.has_dropout):
+        return 0
+    return load.compute_bytes * _shared_width(shape, tuple(shape.linears))
+
+
 def _adapter_bytes(load: TrainingLoad) -> int:
-    """Bytes of a value in the adapters' branch: DoRA and int8 bases go peft's own way, which is in float32."""
-    return 4 if load.use_dora or load.data_type == "int8" else load.compute_bytes
+    """Bytes of a value in the adapters' branch: DoRA goes peft's own way, which is in float32."""
+    return 4 if load.use_dora else load.compute_bytes
 
 
 def _adapter_inputs(shape: ModelShape, load: TrainingLoad) -> int:

@@ -23,12 +23,16 @@ class FrozenLayer:
     """A linear layer that is not trained.
 
     Attributes:
-        weight: gives W, shape ``(O, I)``, in the type of the input; called once forward and once backward.
+        weight: gives W, shape ``(O, I)``, in the type of the input; called once a pass. It and ``product`` are kept
+            until the backward pass, and must not hold the input.
         bias: shape ``(O,)``; None = none.
+        product: gives ``x W^T + b`` anew, where the layer has a way of its own, such as LLM.int8's; the gradient is
+            that of the plain product all the same. None = the plain product.
     """
 
     weight: Callable[[], Tensor]
     bias: Tensor | None = None
+    product: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class _AdaptedLinear(Function):
         flat = x.flatten(end_dim=-2)
         updated = flat if dropped is None else dropped.flatten(end_dim=-2)
         down = updated @ lora_a.to(x.dtype).t()
-        output = functional.linear(flat, layer.weight(), layer.bias).addmm_(down, lora_b.to(x.dtype).t(), alpha=scale)
+        output = functional.linear(flat, layer.weight(), layer.bias) if layer.product is None else layer.product(flat)
+        output.addmm_(down, lora_b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(updated, down, lora_a, lora_b)
         ctx.layer, ctx.scale, ctx.shape, ctx.is_dropped = layer, scale, x.shape, dropped is not None
         return output.view(*x.shape[:-1], -1)

@@ -83,9 +83,10 @@ def training_memory(shape: ModelShape, load: TrainingLoad) -> Footprint:
             ),
             **of_a_step,
             KEPT_BY_ALLOCATOR: kept_by_allocator(
-                load,
+                load.device,
                 of_a_step=sum(of_a_step.values()),
-                of_layer_at_work=activations.of_layer_at_work(shape, load),
+                kept=passes["kept for the backward pass"],
+                of_chunk=activations.of_chunk(shape, load.label_tokens, load.compute_bytes),
                 tensors=5 * len(sizes) + 3 * len(shape.linears) * shape.layers,
             ),
         }
@@ -111,13 +112,16 @@ def scoring_memory(
     """
     keys_and_values = 2 * shape.layers * shape.kv_heads * shape.head_dim
     widest = 4 * shape.hidden + 3 * shape.ffn
+    # Nothing is kept for a backward pass: one layer at a time, its residual stream in float32 too.
+    of_layer = rows * row_tokens * (compute_bytes * widest + 4 * shape.hidden)
+    of_chunk = activations.of_chunk(shape, rows * row_tokens, compute_bytes)
     return Footprint(
         {
             **fixed_overhead(device),
             "16-bit weights" if compute_bytes == 2 else "weights": compute_bytes * shape.parameters,
             "keys and values": compute_bytes * rows * row_tokens * keys_and_values,
-            # Nothing is kept for a backward pass: one layer at a time, its residual stream in float32 too.
-            "activations": rows * row_tokens * (compute_bytes * widest + 4 * shape.hidden),
-            "logits, a chunk at a time": activations.of_chunk(shape, rows * row_tokens, compute_bytes),
+            "activations": of_layer,
+            "logits, a chunk at a time": of_chunk,
+            KEPT_BY_ALLOCATOR: kept_by_allocator(device, of_a_step=of_layer + of_chunk, of_chunk=of_chunk),
         }
     )

@@ -5,6 +5,7 @@ A method that fails is a row with its reason, and the comparison goes on; it is 
 
 import gc
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,16 +16,14 @@ from typing import cast
 from torch import Tensor
 
 from qlora_trainer.errors import BaseModelError, Interrupted, RunFolderError, TrainerError
-from qlora_trainer.pipeline.ground import prepare
-from qlora_trainer.pipeline.journey import Journey
+from qlora_trainer.pipeline.journey import Journey, setting_out
 from qlora_trainer.pipeline.measuring import in_words
 from qlora_trainer.pipeline.rounding import BlockwiseMethod, ModelRounding
 from qlora_trainer.recipe import CompareMethod, Recipe
 from qlora_trainer.records import Comparison, ComparisonRow, Evaluation, Fidelity, LayerOutliers, LinearLayers
-from qlora_trainer.runtime.device import choose_device, seed_everything, set_threads
-from qlora_trainer.runtime.progress import Observer, Silent
-from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
-from qlora_trainer.runtime.run_log import logged_to
+from qlora_trainer.runtime.device import choose_device
+from qlora_trainer.runtime.progress import Observer
+from qlora_trainer.runtime.run_folder import fingerprint
 from qlora_trainer.stages import compare as stage
 from qlora_trainer.stages import export
 from qlora_trainer.stages.evaluate import Subject, Teacher
@@ -51,30 +50,23 @@ class OutlierReport:
     systematic: tuple[int, ...]
 
 
-def compare(recipe: Recipe, *, observer: Observer | None = None, trust_remote_code: bool = False) -> Comparison:
-    """Measures every method of ``recipe.compare`` and recommends one; writes compare.json and compare.md.
+def compare(
+    recipe: Recipe, *, observer: Observer | None = None, trust_remote_code: bool = False, command: str = ""
+) -> Comparison:
+    """Measures every method of ``recipe.compare`` and recommends one; writes compare.json, compare.md and compare.html.
 
     Args:
         recipe: the model, the task, the methods.
         observer: told of everything that happens.
         trust_remote_code: allow Python code that comes with the model; never part of a recipe.
+        command: how it was asked for, to be shown; empty = by the run folder's recipe.
 
     Raises:
         TrainerError: the 16-bit model cannot be made or measured; what was finished stays.
     """
-    set_threads(recipe.run.threads)
-    seed_everything(recipe.run.seed)
-    ground = prepare(recipe, trust_remote_code=trust_remote_code)
-    root = Path(recipe.run.folder) / recipe.run.name
-    with (
-        RunFolder.open(root, recipe.model_dump(mode="json"), shaping=recipe.shaping) as folder,
-        logged_to(folder.log),
-    ):
-        journey = Journey(recipe, ground, folder, observer or Silent(), trust_remote_code=trust_remote_code)
-        try:
-            return Comparing(journey).whole()
-        finally:
-            journey.telling.end()
+    with setting_out(recipe, observer=observer, trust_remote_code=trust_remote_code) as journey:
+        by_folder = f"qlora-trainer compare {shlex.quote(str(journey.folder.recipe_yaml))}"
+        return Comparing(journey, command or by_folder).whole()
 
 
 class Comparing:
@@ -82,9 +74,11 @@ class Comparing:
 
     Args:
         journey: gives the 16-bit model, the bench and the ledger.
+        command: repeats the comparison, to be shown.
     """
 
-    def __init__(self, journey: Journey) -> None:
+    def __init__(self, journey: Journey, command: str = "") -> None:
+        self.command = command
         self.journey, self.recipe, self.measuring = journey, journey.recipe, journey.measuring
         self.bench_key = journey.ground.bench_key
         self.folder, self.model_key = self._sixteen_bit()
@@ -94,7 +88,7 @@ class Comparing:
         )
 
     def whole(self) -> Comparison:
-        """All rows, the recommendation, and both files."""
+        """All rows, the recommendation, and the files."""
         self.workplace.mkdir(parents=True, exist_ok=True)
         inputs = self.inputs()
         began = time.monotonic()
@@ -114,6 +108,10 @@ class Comparing:
             outliers=outliers.layers,
             systematic=outliers.systematic,
             recommendation=stage.recommend(rows, self.recipe.compare),
+            settings=self.recipe.compare.model_dump(mode="json"),
+            recipe_text=self.journey.folder.recipe_text,
+            environment=self.journey.folder.environment,
+            command=self.command,
         )
         stage.write(made, self.journey.folder.root)
         return made

@@ -1,5 +1,7 @@
 """One run of a recipe, stage after stage."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +50,19 @@ def run(
     Raises:
         TrainerError: see ``errors``; whatever was finished stays and is not repeated. SIGTERM is such an error too.
     """
+    with setting_out(recipe, observer=observer, trust_remote_code=trust_remote_code) as journey:
+        return journey.travel(until)
+
+
+@contextmanager
+def setting_out(
+    recipe: Recipe, *, observer: Observer | None = None, trust_remote_code: bool = False
+) -> Iterator["Journey"]:
+    """A journey whose folder is claimed, and whose observer, log and trackers are told, for as long as the block lasts.
+
+    Raises:
+        TrainerError: the recipe's base or rows cannot be used, or the folder belongs to another recipe.
+    """
     set_threads(recipe.run.threads)
     seed_everything(recipe.run.seed)
     told = observer or Silent()
@@ -62,7 +77,7 @@ def run(
     ):
         journey = Journey(recipe, ground, folder, told, trust_remote_code=trust_remote_code)
         try:
-            return journey.travel(until)
+            yield journey
         except (Interrupted, KeyboardInterrupt):
             journey.telling.end(in_a_hurry=True)
             raise

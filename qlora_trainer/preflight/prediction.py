@@ -171,7 +171,7 @@ def _rounding_memory(recipe: Recipe, shape: ModelShape, load: TrainingLoad) -> F
             "hidden states of calibration rows": 4 * 4 * rows * load.row_tokens * shape.hidden,
             **of_a_step,
             KEPT_BY_ALLOCATOR: kept_by_allocator(
-                load, of_a_step=sum(of_a_step.values()), of_layer_at_work=of_a_step["activations"], tensors=0
+                load.device, of_a_step=sum(of_a_step.values()), kept=of_a_step["activations"]
             ),
         }
     )

@@ -1,6 +1,7 @@
 """What ``compare`` finds: a row for each method, the outliers of each layer, a recommendation."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from qlora_trainer.records.measurements import Score
 
@@ -88,10 +89,12 @@ class Recommendation:
     Attributes:
         method: as in the recipe, or ``16bit``.
         why: one sentence with the figures that decided.
+        is_within_bounds: whether it meets the recipe's bounds; where no method does, the one of least loss is named.
     """
 
     method: str
     why: str
+    is_within_bounds: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,10 @@ class Comparison:
         outliers: of each quantized layer's inputs, on the calibration rows.
         systematic: input dimensions of the hidden state that are outliers in a quarter of the layers that read it.
         recommendation: by the recipe's preference.
+        settings: the recipe's section ``compare`` as plain values; empty in files of before they were kept.
+        recipe_text: the whole resolved recipe as YAML; empty likewise.
+        environment: machine and versions, by name; empty likewise.
+        command: repeats the comparison; empty likewise.
     """
 
     recipe: str
@@ -117,6 +124,10 @@ class Comparison:
     outliers: tuple[LayerOutliers, ...]
     systematic: tuple[int, ...]
     recommendation: Recommendation
+    settings: Mapping[str, object] = field(default_factory=dict)
+    recipe_text: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def interval_words(self) -> str:

@@ -39,6 +39,8 @@ BLOCK_SIZE = 64
 
 FourBitLinear = Linear4bit
 """bitsandbytes' layer for NF4 and FP4 weights."""
+EightBitLinear = Linear8bitLt
+"""bitsandbytes' layer for LLM.int8 weights."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -131,10 +133,28 @@ def dequantize_weight(tensors: Mapping[str, Tensor], *, data_type: DataType) -> 
 
 
 def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a 4-bit layer as its forward multiplies by it, shape ``(out_features, in_features)``, made anew."""
+    """The weight of a layer of this library, shape ``(out_features, in_features)``, made anew.
+
+    4 bits: what its forward multiplies by. int8: what its backward multiplies by, and on a CPU its training forward.
+    """
     packed: Any = layer.weight
+    if isinstance(layer, Linear8bitLt):
+        scale = packed.SCB if layer.state.SCB is None else layer.state.SCB
+        restored: Tensor = packed.data.to(dtype, copy=True).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
+        return restored
     weight: Tensor = functional.dequantize_4bit(packed, packed.quant_state)
     return weight.to(dtype)
+
+
+def keep_scales(layer: nn.Module) -> None:
+    """Gives an int8 layer its scales back, where moving its weight lost them; call it before each forward.
+
+    Once a layer has run, its scales are in its state, and ``Int8Params.to`` gives a weight that says it has to be
+    taken over but has none. peft's DoRA moves the weight so, on a CPU, in each of its forwards.
+    """
+    door: Any = layer
+    if door.weight.CB is not None and door.weight.SCB is None:
+        door.weight.SCB = door.state.SCB
 
 
 def quantization_config(

@@ -1,7 +1,7 @@
 """A run is a folder: whose recipe it holds, which stages are done, and where everything lies.
 
     recipe.yaml  environment.json  stages/<name>.json  checkpoints/  adapter/  merged/  exports/<format>/
-    evaluations/  metrics.jsonl  log.txt  report.json  report.md  report.html
+    evaluations/  metrics.jsonl  log.txt  report.json  report.md  report.html  compare.json  compare.md  compare.html
 
 What a recipe or a record means is not known here: recipes are nested plain values, records are dataclasses.
 """

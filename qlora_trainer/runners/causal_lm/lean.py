@@ -15,6 +15,8 @@ from qlora_trainer.numerics.lean_layers import gated_product, rms_norm
 PROBE_ROWS = 3
 EPS_NAMES = ("variance_epsilon", "eps")
 GATED_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+FUSED_PARTS = ("gate_up_proj", "down_proj", "activation_fn")
+"""Gate and up as halves of one layer's outputs (Phi-3, GLM)."""
 
 
 class LeanNorm(nn.Module):
@@ -42,6 +44,7 @@ class LeanGatedPart(nn.Module):
         for name, child in original.named_children():
             self.add_module(name, child)
         self.original_forward = original.forward
+        self.is_fused = "gate_up_proj" in dict(original.named_children())
 
     def forward(self, x: Tensor) -> Tensor:
         """What the feed-forward part gives for ``x``."""
@@ -49,7 +52,12 @@ class LeanGatedPart(nn.Module):
             plain: Tensor = self.original_forward(x)
             return plain
         parts: Any = self
-        output: Tensor = parts.down_proj(gated_product(parts.gate_proj(x), parts.up_proj(x), parts.act_fn))
+        if self.is_fused:
+            gate, up = parts.gate_up_proj(x).chunk(2, dim=-1)
+            product = gated_product(gate, up, parts.activation_fn)
+        else:
+            product = gated_product(parts.gate_proj(x), parts.up_proj(x), parts.act_fn)
+        output: Tensor = parts.down_proj(product)
         return output
 
 
@@ -93,10 +101,10 @@ def _lean_norm(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
 
 def _lean_gated_part(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     children = dict(module.named_children())
-    if set(children) != set(GATED_PARTS):
+    if set(children) not in (set(GATED_PARTS), set(FUSED_PARTS)):
         return None
     lean = LeanGatedPart(module).train(module.training)
-    gate: Any = children["gate_proj"]
+    gate: Any = children.get("gate_proj", children.get("gate_up_proj"))
     return lean if _computes_the_same(module, lean, width=int(gate.in_features), dtype=dtype) else None
 
 

@@ -55,7 +55,7 @@ def insert(
     """
     torch.manual_seed(seed)
     with quiet_peft():
-        adapted: PeftModel = get_peft_model(model, _lora_config(model, lora, layers))
+        adapted: PeftModel = get_peft_model(model, _lora_config(lora, layers))
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     if initial is not None:
@@ -71,7 +71,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     load_factors(model, factors)
 
 
-def _lora_config(model: nn.Module, lora: Lora, layers: LinearLayers) -> LoraConfig:
+def _lora_config(lora: Lora, layers: LinearLayers) -> LoraConfig:
     """The settings as peft spells them, with our forward for adapted layers."""
     config = LoraConfig(
         r=lora.rank,
@@ -83,7 +83,7 @@ def _lora_config(model: nn.Module, lora: Lora, layers: LinearLayers) -> LoraConf
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module(lean_layers(model))
+    config._register_custom_module(lean_layers())
     return config
 
 

@@ -1,8 +1,5 @@
 """What a frozen layer with a LoRA adapter computes with, in place of the library's own forward.
 
-For layers of 4 bits, of integers, and for those that are not quantized; int8 layers of bitsandbytes go the library's
-way.
-
 The same function, with less kept and nothing copied: the library casts the input of every adapter to float32, keeps it,
 and clones the frozen layer's output.
 """
@@ -19,7 +16,7 @@ from qlora_trainer.runners.integer_linear import IntegerLinear
 from qlora_trainer.runtime import bnb
 
 # isort: split
-from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import Linear
 
 
@@ -36,7 +33,24 @@ class LeanLinear4bit(Linear4bit):  # type: ignore[misc]  # peft is untyped
         if adapter is None or args or kwargs:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        return _lean_forward(self, adapter, x, partial(bnb.dequantized, self.get_base_layer(), x.dtype))
+        return _lean_forward(self, adapter, x, weight=partial(bnb.dequantized, self.get_base_layer(), x.dtype))
+
+
+class LeanLinear8bit(Linear8bitLt):  # type: ignore[misc]  # peft is untyped
+    """The same for LLM.int8 (arXiv 2208.07339): the library's product forward, its gradient, and nothing kept by it.
+
+    The library keeps the input for a gradient of the weight that nobody asks for, where no checkpointing lets it go.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """LLM.int8's ``x W^T + b``, and ``s dropout(x) A^T B^T`` in the type of ``x``."""
+        base = self.get_base_layer()
+        bnb.keep_scales(base)
+        adapter = _plain_adapter(self)
+        if adapter is None or args or kwargs:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        return _lean_forward(self, adapter, x, weight=partial(bnb.dequantized, base, x.dtype), product=base)
 
 
 class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
@@ -53,7 +67,7 @@ class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
         if adapter is None or args or kwargs:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        return _lean_forward(self, adapter, x, partial(self.get_base_layer().dequantized, x.dtype))
+        return _lean_forward(self, adapter, x, weight=partial(self.get_base_layer().dequantized, x.dtype))
 
     def merge(self, *_args: Any, **_kwargs: Any) -> None:
         """Refused: the sum of integers and a trained delta is on no grid.
@@ -76,14 +90,20 @@ class LeanLinear(Linear):  # type: ignore[misc]  # peft is untyped
         if adapter is None or args or kwargs:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        return _lean_forward(self, adapter, x, partial(self.get_base_layer().weight.to, x.dtype))
+        return _lean_forward(self, adapter, x, weight=partial(self.get_base_layer().weight.to, x.dtype))
 
 
-def _lean_forward(layer: Any, adapter: str, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-    # ``weight`` is kept until the backward pass: nothing that it holds may hold ``x``, or checkpointing frees nothing.
+def _lean_forward(
+    layer: Any,
+    adapter: str,
+    x: Tensor,
+    *,
+    weight: Callable[[], Tensor],
+    product: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     update = LowRankUpdate(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
     dropped = layer.lora_dropout[adapter](x)
-    frozen = FrozenLayer(weight, layer.get_base_layer().bias)
+    frozen = FrozenLayer(weight, layer.get_base_layer().bias, product)
     return adapted_linear(x, frozen, update, dropped=None if dropped is x else dropped)
 
 
@@ -95,14 +115,12 @@ def _plain_adapter(layer: Any) -> str | None:
     return None if active[0] in layer.lora_variant else active[0]
 
 
-def lean_layers(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
-    """Adapted layers by the class of their frozen layer, as peft's ``LoraConfig`` wants custom modules.
-
-    Args:
-        model: that gets them; bitsandbytes' layers are linear ones too, so that these have to be known of.
-    """
-    packed: dict[type[nn.Module], type[nn.Module]] = {
+def lean_layers() -> dict[type[nn.Module], type[nn.Module]]:
+    """Adapted layers by the class of their frozen layer, as peft's ``LoraConfig`` wants custom modules."""
+    return {
         bnb.FourBitLinear: LeanLinear4bit,
+        bnb.EightBitLinear: LeanLinear8bit,
         IntegerLinear: LeanIntegerLinear,
+        # Last: bitsandbytes' layers are linear ones too, and the first that fits is taken.
+        nn.Linear: LeanLinear,
     }
-    return packed if bnb.has_quantized_layers(model) else {**packed, nn.Linear: LeanLinear}

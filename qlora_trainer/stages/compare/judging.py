@@ -95,7 +95,9 @@ def recommend(rows: Sequence[ComparisonRow], settings: Compare) -> Recommendatio
         nearest = min(measured, key=lambda row: row.nats_per_token.value if row.nats_per_token else float("inf"))
         missed = "; ".join(f"{name} {why}" for name, why in reasons.items())
         return Recommendation(
-            nearest.method, f"no method meets the recipe's bounds ({missed}), so the one of least loss is kept"
+            nearest.method,
+            f"no method meets the recipe's bounds ({missed}), so the one of least loss is kept",
+            is_within_bounds=False,
         )
     if settings.prefer == "latency":
         chosen = max(fitting, key=lambda row: row.decode_tokens_per_second or 0.0)

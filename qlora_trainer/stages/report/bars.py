@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from qlora_trainer.export_formats import FACTS, bar_of, meets_bar
+from qlora_trainer.pages.wording import percent, significant
 from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import ExportFigures
-from qlora_trainer.stages.report.wording import percent, significant
 
 Status = Literal["complete", "below_bar", "unverified"]
 

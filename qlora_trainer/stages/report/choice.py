@@ -1,10 +1,10 @@
 """Which exported file to recommend, and why in one sentence."""
 
+from qlora_trainer.pages.wording import percent, share_of_gain, signed_nats, significant, size
 from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import Choice, ExportFigures, StageFigures
 from qlora_trainer.stages.report.bars import bar_in_words, lowest_bar, meets
 from qlora_trainer.stages.report.inputs import TRAINED, stage_of, start_stage
-from qlora_trainer.stages.report.wording import percent, share_of_gain, signed_nats, significant, size
 
 Stages = tuple[StageFigures, ...]
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from qlora_trainer.stages.report.axes import Axis, LogScale, Scale, padded, tick_text
+from qlora_trainer.pages.axes import Axis, LogScale, Scale, padded, tick_text
+from qlora_trainer.pages.svg import canvas, draw_dot, draw_line, draw_text
+from qlora_trainer.pages.wording import nats
 from qlora_trainer.stages.report.metrics import Series
-from qlora_trainer.stages.report.svg import canvas, draw_dot, draw_line, draw_text
-from qlora_trainer.stages.report.wording import nats
 
 Curve = tuple[tuple[int, float | None, float | None], ...]
 

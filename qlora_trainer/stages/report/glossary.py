@@ -1,26 +1,12 @@
 """What every figure of the report means, in one or two sentences each."""
 
+from qlora_trainer.pages.glossary import INTERVAL, LOSS, METRICS, PERPLEXITY
+
 GLOSSARY: tuple[tuple[str, str], ...] = (
-    (
-        "Loss, nats per token",
-        "How surprised the model is by the right answer: minus the natural logarithm of the probability it gave to "
-        "each answer token, averaged over all answer tokens of the test rows. Lower is better; 0 is certain and right.",
-    ),
-    (
-        "Perplexity",
-        "The loss as a number of equally likely choices per token: e to the power of the loss. "
-        "1 means certain and right.",
-    ),
-    (
-        "Interval",
-        "Where the figure would lie for other test rows of the same kind, by bootstrap: rows are drawn again with "
-        "replacement and the figure is taken anew. Differences between two stages use the same draws for both.",
-    ),
-    (
-        "Exact match, slot F1, token F1, ROUGE-L, BLEU",
-        "Agreement of generated answers (greedy decoding) with the reference: wholly equal; equal fields of a JSON "
-        "answer; shared tokens; longest common subsequence; shared n-grams.",
-    ),
+    LOSS,
+    PERPLEXITY,
+    INTERVAL,
+    METRICS,
     (
         "Trained model",
         "The base as training had it, quantized unless the recipe says otherwise, with the unmerged adapter: what "

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, tostring
 
+from qlora_trainer.pages.svg import STEPS, canvas, draw_cell, draw_text, read_mark_by_mark
+from qlora_trainer.pages.wording import percent
 from qlora_trainer.records import ExportFigures
-from qlora_trainer.stages.report.svg import STEPS, canvas, draw_cell, draw_text
-from qlora_trainer.stages.report.wording import percent
 
 WIDTH = 1184
 NAME_WIDTH = 276
@@ -29,9 +29,7 @@ def survived_map(exports: Sequence[ExportFigures]) -> str:
     cell = min(LARGEST_CELL, (WIDTH - NAME_WIDTH) / len(layers))
     title = "Share of each layer's learned delta that survived rounding, by file"
     svg = canvas((WIDTH, HEAD + ROW * len(shown) + 4), title=title)
-    # Read out cell by cell, not as one picture.
-    svg.set("role", "group")
-    svg.set("data-cells", "")
+    read_mark_by_mark(svg, by="place")
     _name_ends(svg, layers, end=NAME_WIDTH + cell * len(layers))
     for index, export in enumerate(shown):
         y = HEAD + ROW * index

@@ -4,10 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from qlora_trainer.records import Attempt, ExportFigures, MergedModel
-from qlora_trainer.stages.report.bars import bar_in_words
-from qlora_trainer.stages.report.tables import DASH, WORST_LAYERS, Cell, Column, Table, gain_cell
-from qlora_trainer.stages.report.wording import (
+from qlora_trainer.pages.tables import DASH, Cell, Column, Table
+from qlora_trainer.pages.wording import (
     count_of,
     duration,
     interval,
@@ -17,6 +15,9 @@ from qlora_trainer.stages.report.wording import (
     significant,
     size,
 )
+from qlora_trainer.records import Attempt, ExportFigures, MergedModel
+from qlora_trainer.stages.report.bars import bar_in_words
+from qlora_trainer.stages.report.tables import WORST_LAYERS, gain_cell
 
 SMALLEST_LOSS = 0.005
 """A layer that lost less of its delta is not named: the meter itself moves by about as much."""

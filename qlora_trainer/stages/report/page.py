@@ -1,11 +1,12 @@
-"""What the pages show, in order: the same for Markdown and HTML, free of any markup."""
+"""What the report shows, section by section."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from qlora_trainer.stages.report.blocks import Facts, Section
+from qlora_trainer.pages.blocks import Section
+from qlora_trainer.pages.page import Page
+from qlora_trainer.pages.tables import Tone
 from qlora_trainer.stages.report.inputs import Shown
-from qlora_trainer.stages.report.sections.answer import Answer, answer, headline
+from qlora_trainer.stages.report.sections.answer import answer, headline
 from qlora_trainer.stages.report.sections.closing import environment, terms
 from qlora_trainer.stages.report.sections.files import exports, making, survived
 from qlora_trainer.stages.report.sections.loss import loss, promised
@@ -13,7 +14,6 @@ from qlora_trainer.stages.report.sections.quantized import quantized
 from qlora_trainer.stages.report.sections.samples import samples
 from qlora_trainer.stages.report.sections.tasks import tasks
 from qlora_trainer.stages.report.sections.training import data, training
-from qlora_trainer.stages.report.tables import Tone
 
 STATUS_WORDS = {"complete": "complete", "below_bar": "below the bar", "failed": "failed"}
 STATUS_TONES: dict[str, Tone] = {"complete": "good", "below_bar": "warn"}
@@ -33,31 +33,6 @@ SECTIONS: tuple[Callable[[Shown], Section], ...] = (
     environment,
 )
 """The sections in their order: the answer's reasons first, then how it came about, then what one looks up."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """Everything that is shown.
-
-    Attributes:
-        name: of the run.
-        status: whether every file is faithful and good enough, in words.
-        tone: of the status.
-        sentence: the run in a few sentences.
-        warnings: what the reader should know besides the figures.
-        answer: which file to serve.
-        headline: the run in a few figures.
-        sections: all others.
-    """
-
-    name: str
-    status: str
-    tone: Tone
-    sentence: str
-    warnings: tuple[str, ...]
-    answer: Answer
-    headline: Facts
-    sections: tuple[Section, ...]
 
 
 def lay_out(shown: Shown) -> Page:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qlora_trainer.pages.wording import percent, significant
 from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import Choice, ExportFigures, Gap, StageFigures
 from qlora_trainer.stages.report.bars import shortfall
 from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of
-from qlora_trainer.stages.report.wording import percent, significant
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,12 @@
-"""The report's tables as text cells; Markdown and HTML show the same ones."""
+"""The report's tables."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import isfinite
-from typing import Literal
 
 from qlora_trainer.export_formats import FACTS
-from qlora_trainer.records import (
-    ExpectedFigure,
-    ExportFigures,
-    Interval,
-    LayerDistortion,
-    RunReport,
-    StageFigures,
-)
-from qlora_trainer.stages.report.bars import bar_in_words
-from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of, start_stage
-from qlora_trainer.stages.report.wording import (
+from qlora_trainer.pages.tables import DASH, Cell, Column, Table
+from qlora_trainer.pages.wording import (
+    METRIC_TITLES,
     count_of,
     interval,
     metric,
@@ -27,9 +17,17 @@ from qlora_trainer.stages.report.wording import (
     significant,
     size,
 )
+from qlora_trainer.records import (
+    ExpectedFigure,
+    ExportFigures,
+    Interval,
+    LayerDistortion,
+    RunReport,
+    StageFigures,
+)
+from qlora_trainer.stages.report.bars import bar_in_words
+from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of, start_stage
 
-Tone = Literal["plain", "good", "warn", "bad"]
-DASH = "—"
 WORST_LAYERS = 5
 
 STAGE_NOTES = {
@@ -51,38 +49,6 @@ RUNGS = (
     "more bits for the worst layers",
 )
 ROUNDED_BY_LIBRARY = frozenset[str](name for name, facts in FACTS.items() if facts.kind == "library")
-METRIC_TITLES = {
-    "exact_match": "Exact match",
-    "slot_f1": "Slot F1",
-    "token_f1": "Token F1",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU",
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: the figure, and below it what qualifies it."""
-
-    text: str
-    note: str = ""
-    tone: Tone = "plain"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading; figures stand flush right, words flush left."""
-
-    title: str
-    is_number: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells row by row; the first cell of a row names it."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
 
 
 def gap_table(report: RunReport) -> Table:

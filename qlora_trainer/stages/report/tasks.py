@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+from qlora_trainer.pages.tables import DASH, Cell, Column, Table
+from qlora_trainer.pages.wording import significant
 from qlora_trainer.records import ExportedModel, TaskRow
 from qlora_trainer.runtime.run_folder import fingerprint
-from qlora_trainer.stages.report.tables import DASH, Cell, Column, Table
-from qlora_trainer.stages.report.wording import significant
 
 NOTE = (
     "Asked with lm-evaluation-harness, which gives the standard error. The difference from the 16-bit base is taken "

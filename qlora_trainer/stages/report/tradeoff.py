@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from qlora_trainer.pages.axes import Scale, padded
+from qlora_trainer.pages.svg import canvas, draw_bar, draw_dot, draw_line, draw_text
+from qlora_trainer.pages.wording import interval, percent, signed_nats, significant, size
 from qlora_trainer.records import ExportFigures, Interval, RunReport, StageFigures
-from qlora_trainer.stages.report.axes import Scale, padded
 from qlora_trainer.stages.report.inputs import BASE, stage_of
-from qlora_trainer.stages.report.svg import canvas, draw_bar, draw_dot, draw_line, draw_text
-from qlora_trainer.stages.report.wording import interval, percent, signed_nats, significant, size
 
 WIDTH = 1184.0
 NAME_WIDTH = 276.0

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from qlora_trainer.pages.axes import Scale, padded, tick_text
+from qlora_trainer.pages.svg import canvas, draw_bar, draw_line, draw_text
+from qlora_trainer.pages.wording import interval, nats, signed_nats
 from qlora_trainer.records import Interval, RunReport
-from qlora_trainer.stages.report.axes import Scale, padded, tick_text
 from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of, start_stage
-from qlora_trainer.stages.report.svg import canvas, draw_bar, draw_line, draw_text
-from qlora_trainer.stages.report.wording import interval, nats, signed_nats
 
 WIDTH = 1184.0
 NAME_WIDTH = 276.0

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from qlora_trainer.pages.render_html import render_html
+from qlora_trainer.pages.render_markdown import render_markdown
+from qlora_trainer.pages.visible import writable
 from qlora_trainer.records import RunReport
 from qlora_trainer.runtime.atomic import write_text
 from qlora_trainer.stages.report.inputs import Measurements, Notes, Shown
 from qlora_trainer.stages.report.page import lay_out
-from qlora_trainer.stages.report.render_html import render_html
 from qlora_trainer.stages.report.render_json import render_json
-from qlora_trainer.stages.report.render_markdown import render_markdown
 
 
 def write(folder: Path, report: RunReport, *, measurements: Measurements, notes: Notes) -> None:
@@ -24,11 +25,6 @@ def write(folder: Path, report: RunReport, *, measurements: Measurements, notes:
         RunFolderError: a file cannot be written.
     """
     page = lay_out(Shown(report, measurements, notes))
-    write_text(folder / "report.json", _writable(render_json(report)))
-    write_text(folder / "report.md", _writable(render_markdown(page)))
-    write_text(folder / "report.html", _writable(render_html(page)))
-
-
-def _writable(text: str) -> str:
-    """The text with half surrogate pairs spelt out; JSON rows can hold them, UTF-8 cannot."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    write_text(folder / "report.json", writable(render_json(report)))
+    write_text(folder / "report.md", writable(render_markdown(page)))
+    write_text(folder / "report.html", writable(render_html(page)))

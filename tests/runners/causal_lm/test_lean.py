@@ -57,6 +57,18 @@ def test_gemmas_norms_have_an_offset_of_one() -> None:
     torch.testing.assert_close(gradient_of(model), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
+def test_gate_and_up_of_one_layer_are_made_lean_too() -> None:
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, pad_token_id=0
+    )
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    wanted = gradient_of(model)
+    make_lean(model, torch.float32)
+    assert sum(isinstance(module, LeanGatedPart) for module in model.modules()) == 2
+    torch.testing.assert_close(gradient_of(model), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_a_norm_that_does_something_else_is_left_alone(llama_folder: Path) -> None:
     model = frozen(llama_folder)
     norm: Any = model.get_submodule("model.norm")

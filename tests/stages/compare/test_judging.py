@@ -130,4 +130,5 @@ def test_latency_counts_only_speeds_that_are_the_method_s_own() -> None:
 def test_where_nothing_meets_the_bounds_the_reason_says_what_each_misses() -> None:
     found = recommend([SIXTEEN, INT8, NF4], Compare(most_mib=1.0))
     assert found.method == "16bit"
+    assert not found.is_within_bounds
     assert found.why.startswith("no method meets the recipe's bounds (16bit takes 10.00 MiB; rtn_int8 takes 5.00 MiB")

@@ -1,6 +1,7 @@
+from qlora_trainer.pages.wording import METRIC_TITLES
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report.glossary import GLOSSARY
-from qlora_trainer.stages.report.tables import METRIC_TITLES, exports_table, gap_table
+from qlora_trainer.stages.report.tables import exports_table, gap_table
 
 SELF_EXPLAINING = {"Stage", "Format", "Bits", "Size", "Runtime", "Status", "Made by"}
 

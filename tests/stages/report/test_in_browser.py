@@ -8,15 +8,13 @@ import pytest
 
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes, write
-from tests.browser import Browser, find_browser, started
+from tests.browser import CONTRAST, HOSTILE, Browser, find_browser, started
 
 PROGRAM = find_browser()
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed (Debian: apt-get install chromium)"),
 ]
-RUN = "document.title='run'"
-HOSTILE = f'</script></style><script>{RUN}</script><img src=x onerror="{RUN}">\u202e\x00\x1b[31m'
 CURVES = "document.querySelector('svg[data-curves]')"
 READOUT = "document.querySelector('.controls output').textContent"
 
@@ -78,24 +76,6 @@ def test_light_and_dark_follow_the_system_and_the_button(browser: Browser, page:
     assert (light, dark) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")
     browser.value("document.querySelector('.theme').click()")
     assert browser.value(paper) == light
-
-
-# Contrast of text against its ground, WCAG 2.2 section 1.4.3: at least 4.5.
-CONTRAST = """(() => {
-  const luminance = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number).map(each => each / 255)
-    .map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, each, index) => sum + each * [0.2126, 0.7152, 0.0722][index], 0);
-  const ground = element => {
-    for (let each = element; each; each = each.parentElement) {
-      const colour = getComputedStyle(each).backgroundColor;
-      if (!/, 0\\)$/.test(colour) && colour !== "transparent") return colour;
-    }
-  };
-  const texts = "main p, main dt, main dd, main td, main th, main .note, .status, ins, del, mark";
-  return Math.min(...[...document.querySelectorAll(texts)]
-    .map(element => [luminance(getComputedStyle(element).color), luminance(ground(element))])
-    .map(([first, second]) => (Math.max(first, second) + 0.05) / (Math.min(first, second) + 0.05)));
-})()"""
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -1,9 +1,9 @@
 from dataclasses import replace
 
+from qlora_trainer.pages.tables import Cell
 from qlora_trainer.records import ExportFigures, RunReport
 from qlora_trainer.stages.report import Measurements, Table
 from qlora_trainer.stages.report.making import attempts_table, makings, merge_base_in_words, survived_table
-from qlora_trainer.stages.report.tables import Cell
 
 
 def by_format(report: RunReport, name: str) -> ExportFigures:

@@ -2,11 +2,12 @@ from dataclasses import replace
 
 import pytest
 
+from qlora_trainer.pages.blocks import Chart, Code, Fact, Facts, Fold, Grid, Outputs, Section
+from qlora_trainer.pages.page import Page
 from qlora_trainer.records import ExportFigures, RunReport
 from qlora_trainer.stages.report import Measurements, Notes
-from qlora_trainer.stages.report.blocks import Chart, Code, Fact, Facts, Fold, Grid, Outputs, Section
 from qlora_trainer.stages.report.inputs import Shown
-from qlora_trainer.stages.report.page import Page, lay_out
+from qlora_trainer.stages.report.page import lay_out
 
 
 @pytest.fixture(scope="module")

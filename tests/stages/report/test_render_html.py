@@ -7,13 +7,13 @@ from typing import get_args
 
 import pytest
 
+from qlora_trainer.pages.blocks import Block
+from qlora_trainer.pages.render_html import FOLDER, render_html
+from qlora_trainer.pages.svg import STEPS
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes
-from qlora_trainer.stages.report.blocks import Block
 from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.page import lay_out
-from qlora_trainer.stages.report.render_html import FOLDER, render_html
-from qlora_trainer.stages.report.svg import STEPS
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 EVIL = '"></script></style></title></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}'

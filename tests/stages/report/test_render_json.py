@@ -9,12 +9,12 @@ import pytest
 from pydantic import TypeAdapter
 
 from qlora_trainer.numerics.bootstrap import Resampling
+from qlora_trainer.pages.render_markdown import render_markdown
 from qlora_trainer.records import ChosenCut, Cut, RunReport, Trial
 from qlora_trainer.stages.report import Circumstances, Measurements, Notes, compose
 from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.page import lay_out
 from qlora_trainer.stages.report.render_json import render_json
-from qlora_trainer.stages.report.render_markdown import render_markdown
 
 SCHEMA = files("qlora_trainer.stages.report") / "schema.json"
 

@@ -3,12 +3,13 @@ from typing import get_args
 
 import pytest
 
+from qlora_trainer.pages.blocks import Block
+from qlora_trainer.pages.page import Page
+from qlora_trainer.pages.render_markdown import escape, fenced, render, render_markdown
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes
-from qlora_trainer.stages.report.blocks import Block
 from qlora_trainer.stages.report.inputs import Shown
-from qlora_trainer.stages.report.page import Page, lay_out
-from qlora_trainer.stages.report.render_markdown import escape, fenced, render, render_markdown
+from qlora_trainer.stages.report.page import lay_out
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from qlora_trainer.pages.render_markdown import escape, fenced
+from qlora_trainer.pages.wording import interval, metric, nats, percent, share_of_gain, significant, size
 from qlora_trainer.records import StageFigures
 from qlora_trainer.stages.report.card.discreet import discreet
 from qlora_trainer.stages.report.card.loading import snippets
 from qlora_trainer.stages.report.card.metadata import flow, metadata
 from qlora_trainer.stages.report.card.sources import local_paths, source_names
 from qlora_trainer.stages.report.card.subject import CardSubject
-from qlora_trainer.stages.report.render_markdown import escape, fenced
-from qlora_trainer.stages.report.wording import interval, metric, nats, percent, share_of_gain, significant, size
 
 REFERENCE_STAGES = {
     "base_16bit": "base, 16 bit",

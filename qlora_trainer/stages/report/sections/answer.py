@@ -1,14 +1,15 @@
 """The answer, before anything else: which file to serve, what it keeps, what it costs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from qlora_trainer.pages.blocks import Code, Fact, Facts
+from qlora_trainer.pages.page import Answer
+from qlora_trainer.pages.tables import Tone
+from qlora_trainer.pages.wording import duration, interval, percent, signed_nats, significant, size
 from qlora_trainer.records import ExportFigures, RunReport, StageFigures
-from qlora_trainer.stages.report.blocks import Code, Fact, Facts
 from qlora_trainer.stages.report.inputs import BASE, TRAINED, Shown, stage_of
 from qlora_trainer.stages.report.loading import snippets
-from qlora_trainer.stages.report.tables import Tone, status_cell
-from qlora_trainer.stages.report.wording import duration, interval, percent, signed_nats, significant, size
+from qlora_trainer.stages.report.tables import status_cell
 
 NO_CHOICE = (
     "No verified file is as good as the recipe asks. The sections below tell by how much each falls short. More rungs "
@@ -16,27 +17,6 @@ NO_CHOICE = (
     "ladder.bar_int8) accepts less."
 )
 NO_FILES = "The recipe asks for no file (export.formats), so there is none to choose from."
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a reader who closes the page at once should have seen.
-
-    Attributes:
-        question: what is answered.
-        name: of the file to serve.
-        why: why that one.
-        tone: whether it may be served.
-        figures: what it keeps and costs.
-        commands: how to start it.
-    """
-
-    question: str
-    name: str
-    why: str
-    tone: Tone
-    figures: Facts
-    commands: tuple[Code, ...]
 
 
 def answer(shown: Shown) -> Answer:

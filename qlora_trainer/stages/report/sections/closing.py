@@ -2,7 +2,7 @@
 
 import hashlib
 
-from qlora_trainer.stages.report.blocks import Block, Code, Fold, Section, Terms
+from qlora_trainer.pages.blocks import Block, Code, Fold, Section, Terms
 from qlora_trainer.stages.report.glossary import GLOSSARY
 from qlora_trainer.stages.report.inputs import Shown
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from qlora_trainer.pages.blocks import Block, Chart, Code, Fold, Grid, Heading, Key, Section, Text
 from qlora_trainer.records import ExportFigures
-from qlora_trainer.stages.report.blocks import Block, Chart, Code, Fold, Grid, Heading, Key, Section, Text
 from qlora_trainer.stages.report.heatmap import survived_map
 from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.loading import snippets

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 
+from qlora_trainer.pages.blocks import Block, Chart, Fact, Facts, Grid, Key, Section, Text
+from qlora_trainer.pages.tables import DASH
+from qlora_trainer.pages.wording import interval, nats, percent, significant
 from qlora_trainer.records import Interval, RunReport
-from qlora_trainer.stages.report.blocks import Block, Chart, Fact, Facts, Grid, Key, Section, Text
 from qlora_trainer.stages.report.gap import difference
 from qlora_trainer.stages.report.inputs import BASE, TRAINED, Shown, start_stage
-from qlora_trainer.stages.report.tables import DASH, expected_table, gap_table
+from qlora_trainer.stages.report.tables import expected_table, gap_table
 from qlora_trainer.stages.report.waterfall import steps_of, waterfall
-from qlora_trainer.stages.report.wording import interval, nats, percent, significant
 
 WATERFALL = (
     "Each bar leads from the loss before a step to the loss after it; the files' bars all start from the trained "

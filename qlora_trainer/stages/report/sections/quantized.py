@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
+from qlora_trainer.pages.blocks import Block, Chart, Fact, Facts, Fold, Grid, Key, Section
+from qlora_trainer.pages.layer_map import shades
+from qlora_trainer.pages.wording import count_of, percent, size
 from qlora_trainer.records import LayerDistortion, RunReport
-from qlora_trainer.stages.report.blocks import Block, Chart, Fact, Facts, Fold, Grid, Key, Section
 from qlora_trainer.stages.report.inputs import Shown
-from qlora_trainer.stages.report.layer_map import error_map, extent
-from qlora_trainer.stages.report.svg import STEPS
+from qlora_trainer.stages.report.layer_errors import error_figures, error_map
 from qlora_trainer.stages.report.tables import layers_table
-from qlora_trainer.stages.report.wording import count_of, percent, size
 
 
 def quantized(shown: Shown) -> Section:
@@ -21,20 +21,11 @@ def quantized(shown: Shown) -> Section:
             "Relative error of each layer: norm of what quantization changed over the norm of the weight. Kinds of "
             "layer down, blocks of the model across. The stronger the colour, the larger the error."
         )
-        blocks.append(Chart(error_map(layers), caption, tuple(_keys(layers))))
+        keys = tuple(Key(css, percent(error, 2)) for css, error in shades(error_figures(layers)))
+        blocks.append(Chart(error_map(layers), caption, keys))
         table = layers_table(layers, most=None)
         blocks.append(Fold(f"All {count_of(len(layers))} layers as a table", (Grid(table),), note="worst first"))
     return Section("quantized", "Quantized base", tuple(blocks))
-
-
-def _keys(layers: tuple[LayerDistortion, ...]) -> Iterator[Key]:
-    """The colours of the ends and of two places between them."""
-    low, high = extent(layers)
-    if high <= low:
-        yield Key("heat h0", percent(low, 2))
-        return
-    for strength in range(0, STEPS, 3):
-        yield Key(f"heat h{strength}", percent(low + (high - low) * strength / (STEPS - 1), 2))
 
 
 def _facts(report: RunReport, layers: tuple[LayerDistortion, ...]) -> Iterator[Fact]:

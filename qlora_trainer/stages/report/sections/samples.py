@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
+from qlora_trainer.pages.blocks import Block, Outputs, Section, Text
+from qlora_trainer.pages.compared import Compared, compare_answers
 from qlora_trainer.records import Evaluation, Sample
-from qlora_trainer.stages.report.blocks import Block, Outputs, Section, Text
-from qlora_trainer.stages.report.compared import Compared, compare_answers
 from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, Shown
 
 TOLD = (

@@ -1,6 +1,6 @@
 """What every model of the run answered to the tasks of the evaluation harness."""
 
-from qlora_trainer.stages.report.blocks import Grid, Section, Text
+from qlora_trainer.pages.blocks import Grid, Section, Text
 from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.tasks import NOTE, tasks_table
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+from qlora_trainer.pages.blocks import Block, Bullets, Chart, Example, Fact, Facts, Key, Section, Text
+from qlora_trainer.pages.wording import count_of, duration, nats, significant, size
 from qlora_trainer.records import ChosenCut, RunReport, TrainedAdapter
-from qlora_trainer.stages.report.blocks import Block, Bullets, Chart, Example, Fact, Facts, Key, Section, Text
 from qlora_trainer.stages.report.curves import training_curves
 from qlora_trainer.stages.report.inputs import Shown
-from qlora_trainer.stages.report.wording import count_of, duration, nats, significant, size
 
 
 def training(shown: Shown) -> Section:
