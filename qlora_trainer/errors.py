@@ -63,3 +63,10 @@ class Interrupted(TrainerError):  # noqa: N818 - nothing went wrong
     """Ctrl-C or SIGTERM; the state was saved and the same command goes on from it."""
 
     exit_code = 130
+
+
+def reason_of(error: OSError | UnicodeError) -> str:
+    """Why a file could not be read, in plain words and without what the message says anyway."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return str(error.strerror if isinstance(error, OSError) and error.strerror else error)

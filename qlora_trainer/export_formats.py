@@ -51,6 +51,9 @@ class FormatFacts:
     outputs: int = 1
 
 
+LORA_RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What ``--max-lora-rank`` of vLLM 0.33 takes."""
+
 _GGUF = Package(("llama_cpp",), 'pip install "qlora-trainer[gguf]"')
 _GPTQ = Package(("gptqmodel", "optimum"), "pip install gptqmodel optimum")
 
@@ -84,6 +87,11 @@ FACTS: Mapping[ExportFormat, FormatFacts] = {
 def can_mix(name: ExportFormat) -> bool:
     """Whether a format can store some layers with 8 bits and the rest with fewer."""
     return FACTS[name].kind == "integer" and FACTS[name].bits < 8 and not name.startswith("gptq_")
+
+
+def lora_rank_of_vllm(rank: int) -> int | None:
+    """The room that vLLM is told to keep for an adapter of this rank; None where it has none so large."""
+    return next((known for known in LORA_RANKS_OF_VLLM if known >= rank), None)
 
 
 def rungs_of(name: ExportFormat, ladder: Ladder, *, has_magnitudes: bool) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_trainer.errors import RunFolderError
+from qlora_trainer.export_formats import LORA_RANKS_OF_VLLM, lora_rank_of_vllm
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.runtime.run_folder import RunFolder
 
@@ -18,10 +19,9 @@ SHORT = {
     "merged_16bit": "merged",
 }
 """Names of report.json, and the shorter ones that are typed."""
+EXPORT_PREFIX = "export:"
 ADAPTER = "peft_adapter"
 GGUF_ADAPTER = "gguf_adapter"
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM 0.33 takes for --max-lora-rank; an adapter takes the next one up."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class RunModels:
         """
         if at is None:
             return self.recommended
-        name = at.removeprefix("export:")
-        name = SHORT.get(name, name)
+        name = short_name(at)
         if name not in self.names:
             near = difflib.get_close_matches(name, self.names, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -61,6 +60,20 @@ class ServeCommand:
     server: str
     command: str
     notes: tuple[str, ...] = ()
+
+
+def short_name(name: str) -> str:
+    """``merged`` for ``merged_16bit`` and ``export:merged_16bit`` alike; a short name is its own."""
+    plain = name.removeprefix(EXPORT_PREFIX)
+    return SHORT.get(plain, plain)
+
+
+def stage_name(name: str) -> str:
+    """The name in report.json: ``base_16bit`` for ``base``, ``export:gguf_q8_0`` for ``gguf_q8_0``."""
+    plain = name.removeprefix(EXPORT_PREFIX)
+    if plain != name or plain in SHORT:
+        return name
+    return next((stage for stage, short in SHORT.items() if short == name), f"{EXPORT_PREFIX}{name}")
 
 
 def models_of(folder: RunFolder, recipe: Recipe) -> RunModels:
@@ -128,10 +141,10 @@ def _folder_commands(recipe: Recipe, model: list[str], *, quantized: bool) -> It
 def _adapter_commands(recipe: Recipe, adapter: Path) -> Iterator[ServeCommand]:
     if recipe.lora.use_dora:
         raise RunFolderError("vLLM applies no DoRA adapters. Serve a merged file: qlora-trainer serve RUN --at merged")
-    rank = next((known for known in LORA_RANKS if known >= recipe.lora.rank), None)
+    rank = lora_rank_of_vllm(recipe.lora.rank)
     if rank is None:
         raise RunFolderError(
-            f"lora.rank: {recipe.lora.rank} is beyond vLLM's {LORA_RANKS[-1]}. Serve a merged file: --at merged"
+            f"lora.rank: {recipe.lora.rank} is beyond vLLM's {LORA_RANKS_OF_VLLM[-1]}. Serve a merged file: --at merged"
         )
     lora = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{recipe.run.name}={adapter}"]
     kind = recipe.quantization.data_type

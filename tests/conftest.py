@@ -52,3 +52,12 @@ def shared_folder() -> Path:
 def finished_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """A small run that was carried out to its report; tests that change it copy it first."""
     return carry_out(llama_folder, tmp_path_factory.mktemp("finished-run"))
+
+
+@pytest.fixture(scope="session")
+def gguf_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A small run with files for llama.cpp; its base has rows of 256, which K-quants need."""
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install 'qlora-trainer[gguf]'")
+    base = tiny_llama(tmp_path_factory.mktemp("llama256"), hidden_size=256)
+    formats = ("merged_16bit", "gguf_q8_0", "gguf_q6_k", "gguf_adapter")
+    return carry_out(base, tmp_path_factory.mktemp("gguf-run"), formats)

@@ -1,6 +1,7 @@
 """A small run that was carried out to its report, for tests of what comes after."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,11 @@ class FinishedRun:
     report: RunReport
 
 
-def carry_out(base: Path, folder: Path) -> FinishedRun:
-    """A run of eight steps on the tiny model in ``base``, with an adapter, a merged model and an 8-bit file."""
+FORMATS: tuple[str, ...] = ("peft_adapter", "merged_16bit", "compressed_tensors_w8a16")
+
+
+def carry_out(base: Path, folder: Path, formats: Sequence[str] = FORMATS) -> FinishedRun:
+    """A run of eight steps on the tiny model in ``base``: an adapter, a merged model and an 8-bit file, or others."""
     rows = [{"prompt": f"Remind me at {number}", "completion": f'{{"at": {number}}}'} for number in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe.model_validate(
@@ -46,7 +50,7 @@ def carry_out(base: Path, folder: Path) -> FinishedRun:
             },
             "evaluation": {"metrics": ["exact_match"], "generation_rows": 2, "max_new_tokens": 4, "kl_tokens": 50},
             "merge": {"data_type": "float32", "into": "dequantized"},
-            "export": {"formats": ("peft_adapter", "merged_16bit", "compressed_tensors_w8a16")},
+            "export": {"formats": tuple(formats)},
             "calibration": {"rows": 8, "batch_size": 8},
             "ladder": {"bar_int4": 0.0, "bar_int8": 0.0, "last_rung": 1},
         }

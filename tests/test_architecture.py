@@ -29,7 +29,7 @@ ALLOWED = {
         "errors",
     },
     "pipeline": {"export_formats", "preflight", "serving", "stages", "recipe", "records", "runtime", "errors"},
-    "serving": {"recipe", "runtime", "errors"},
+    "serving": {"export_formats", "recipe", "runtime", "errors"},
     "preflight": {
         "export_formats",
         "stages",
@@ -54,7 +54,7 @@ ALLOWED = {
         "runtime",
     },
     "pages": {"records"},
-    "runners": {"numerics", "runtime", "records", "errors"},
+    "runners": {"export_formats", "numerics", "runtime", "records", "errors"},
     "formats": {"numerics", "runtime", "records", "errors"},
     "data": {"errors"},
     "runtime": {"errors"},

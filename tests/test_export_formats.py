@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer import export_formats
-from qlora_trainer.export_formats import FACTS, bar_of, merge_bases, unfit_base_in_words, unfit_in_words, unwritable
+from qlora_trainer.export_formats import (
+    FACTS,
+    bar_of,
+    lora_rank_of_vllm,
+    merge_bases,
+    unfit_base_in_words,
+    unfit_in_words,
+    unwritable,
+)
 from qlora_trainer.recipe import Ladder, Quantization
 from tests.stages.workbench import recipe_for
 
@@ -77,3 +85,8 @@ def test_a_library_that_must_round_and_is_missing_is_a_problem(tmp_path: Path, m
     (problem,) = unwritable(recipe)
     assert "gguf_q4_k_m" in problem
     assert 'pip install "qlora-trainer[gguf]"' in problem
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 1), (2, 8), (16, 16), (65, 128), (512, 512), (513, None)])
+def test_an_adapter_takes_the_next_room_that_vllm_has(rank: int, room: int | None) -> None:
+    assert lora_rank_of_vllm(rank) == room

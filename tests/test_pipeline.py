@@ -201,6 +201,22 @@ def test_a_second_run_repeats_nothing(finished: tuple[Path, Recipe, RunReport]) 
     assert again.seconds > 1.0
 
 
+def test_a_run_that_was_moved_repeats_nothing_and_adds_where_it_lies(llama_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(llama_folder, tmp_path, training={"max_steps": 3}, export={"formats": ("bitsandbytes_nf4",)})
+    assert pipeline.run(recipe) is not None
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "runs" / "tiny", tmp_path / "elsewhere" / "renamed")
+    section = recipe.run.model_copy(update={"folder": str(tmp_path / "elsewhere"), "name": "renamed"})
+    formats = recipe.export.model_copy(update={"formats": ("bitsandbytes_nf4", "compressed_tensors_w8a16")})
+    watcher = Watcher()
+    report = pipeline.run(recipe.model_copy(update={"run": section, "export": formats}), observer=watcher)
+    assert report is not None
+    assert [name for name in watcher.done if "w8a16" not in name] == []
+    assert [Path(export.path).parent for export in report.exports] == [tmp_path / "elsewhere/renamed/exports"] * 2
+    assert all(export.verified for export in report.exports)
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
 def test_another_export_is_added_without_training_again(finished: tuple[Path, Recipe, RunReport]) -> None:
     _, recipe, _ = finished
     more = recipe.model_copy(

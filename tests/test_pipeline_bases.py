@@ -199,12 +199,12 @@ def test_tasks_are_asked_of_the_models_that_there_are(
     run = runs[kind]
     asking = Asking(run.recipe, TaskRequest(("probes",)), run.folder, Silent(), trust_remote_code=False)
     assert asking.stages()[: len(names)] == names
-    trained = asking.subject("adapter_unmerged")
+    trained = asking.files("adapter_unmerged")
     assert trained.adapter == run.root / "adapter"
     if kind == "none":
         assert trained.model == llama_folder
     else:
-        assert trained.model.name == asking.quantized.key
+        assert trained.model.name == asking.models.quantized.key
 
 
 def test_a_gptq_adapter_is_sent_with_the_name_of_the_original_base(runs: dict[str, Finished]) -> None:

@@ -400,6 +400,18 @@ def test_a_base_without_tokenizer_and_with_a_cut_shard_tells_both(
     assert "model.safetensors" in problem
 
 
+def test_target_modules_that_the_model_has_not_are_told(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    # One that is right beside it does not hide the wrong one.
+    problems = check(recipe(llama_folder, lora={"target_modules": ("q_porj", "v_proj")})).problems
+    assert [text for text in problems if text.startswith("lora.")] == [
+        "lora.target_modules: the model has no linear layer 'q_porj'. Did you mean 'q_proj'? It has: down_proj, "
+        "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    ]
+
+
 def test_blocks_that_do_not_divide_the_inputs_are_a_problem_that_says_what_fits(
     here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

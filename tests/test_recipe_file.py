@@ -302,6 +302,13 @@ def test_a_folder_is_no_recipe_and_its_recipes_are_named(write: Write) -> None:
         load(path.parent)
 
 
+def test_a_data_file_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"rows\.jsonl is a data file by its name.* qlora-trainer new mine\.yaml --data"
+    ):
+        load(tmp_path / "rows.jsonl")
+
+
 def test_a_file_that_is_not_utf_8_is_refused_with_the_line_of_the_byte(tmp_path: Path) -> None:
     path = tmp_path / "latin.yaml"
     path.write_bytes(SMALLEST.encode() + "# caf\xe9\n".encode("latin-1"))

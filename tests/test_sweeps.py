@@ -1,6 +1,9 @@
 """A W&B sweep drives --set: what wandb's own agent would call, given to our command line; no network."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +17,9 @@ from qlora_trainer import pipeline
 from qlora_trainer.cli.app import make_app
 from qlora_trainer.errors import RecipeError
 from qlora_trainer.recipe import Recipe
-from qlora_trainer.recipe_file import shipped_folder, trial_overrides
+from qlora_trainer.recipe_file import dump, load, shipped_folder, trial_overrides
+from tests.runtime.wandb_server import API_KEY, serving
+from tests.test_pipeline import recipe_for
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "recipes" / "sweeps" / "quickstart.yaml"
@@ -111,3 +116,52 @@ def test_a_trial_that_is_no_object_is_refused(text: str) -> None:
 
 def test_the_agents_answer_is_read_from_its_own_code() -> None:
     assert SimpleNamespace(**create_sweep_command_args({"args": {"a.b": {"value": 1}}})).args_json == ['{"a.b": 1}']
+
+
+# wandb's own `wandb sweep` and `wandb agent`, against a stand-in for its server.
+
+
+def called(folder: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command of wandb on a machine where `qlora-trainer` is installed, in ``folder``."""
+    program = folder / "bin" / "qlora-trainer"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m qlora_trainer "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= dict.fromkeys(
+        ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"), str(folder / "home")
+    )
+    environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": API_KEY, "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{program.parent}{os.pathsep}{environment['PATH']}"
+    command = [sys.executable, "-m", "wandb", *words]
+    return subprocess.run(
+        command, cwd=folder, check=False, capture_output=True, text=True, timeout=240, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_wandbs_agent_carries_out_the_trials_of_the_shipped_sweep(llama_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(llama_folder, tmp_path, training={"max_steps": 4}, evaluation={"generation_rows": 1})
+    (tmp_path / "mine.yaml").write_text(dump(recipe), encoding="utf-8")
+    sweep = SWEEP.read_text(encoding="utf-8").replace("recipes/quickstart.yaml\n  - $", "mine.yaml\n  - $")
+    assert "mine.yaml" in sweep
+    (tmp_path / "sweep.yaml").write_text(sweep, encoding="utf-8")
+    with serving() as server:
+        made = called(tmp_path, server.url, "sweep", "--project", "project", "sweep.yaml")
+        assert "wandb agent me/project/sweep1" in made.stderr, made.stderr
+        server.sweeps["sweep1"].trials = {
+            "trial1": {"training.learning_rate": 1e-05, "lora.rank": 4},
+            "trial2": {"training.learning_rate": 0.01, "lora.rank": 8},
+        }
+        done = called(tmp_path, server.url, "agent", "me/project/sweep1")
+    assert done.returncode == 0, done.stderr
+    assert server.sweeps["sweep1"].trials == {}
+    assert set(server.runs) == {"trial1", "trial2"}
+    for trial, rate, rank in (("trial1", 1e-5, 4), ("trial2", 0.01, 8)):
+        carried_out = load(tmp_path / "runs" / f"tiny-{trial}" / "recipe.yaml")
+        assert (carried_out.training.learning_rate, carried_out.lora.rank) == (rate, rank)
+        assert carried_out.tracking.group == "sweep-sweep1"
+        told = server.runs[trial]
+        assert told.sweep == "sweep1"
+        # The metric that the sweep is steered by.
+        assert any("validation/nats_per_token" in row for row in told.history)

@@ -16,10 +16,10 @@ from qlora_trainer.cli.speaking import Speakers
 from qlora_trainer.errors import DataError, RunFolderError
 from qlora_trainer.pipeline import Sampling
 from qlora_trainer.recipe import Data, Recipe
-from qlora_trainer.runners import vllm
 from qlora_trainer.runtime.run_folder import RunFolder
-from qlora_trainer.serving import LORA_RANKS, models_of, serve_commands
-from qlora_trainer.stages.converse import Voice
+from qlora_trainer.serving import models_of, serve_commands
+from qlora_trainer.stages.converse import Voice, prompt_ids
+from tests.finished import FinishedRun
 from tests.test_pipeline import recipe_for
 
 FORMATS = ("peft_adapter", "merged_16bit", "compressed_tensors_w8a16")
@@ -95,7 +95,7 @@ def test_characters_of_several_tokens_come_whole(finished: tuple[Recipe, RunFold
     recipe, _ = finished
     tokenizer = pipeline.talk(recipe, "base").tokenizer
     text = "né 日本"
-    voice = Voice("x", recipe.data, tokenizer, Recited([*tokenizer.encode(text), tokenizer.stop_ids[0]]))
+    voice = Voice("x", recipe.data, tokenizer, None, Recited([*tokenizer.encode(text), tokenizer.stop_ids[0]]))
     pieces = list(voice.answer(ASKED, GREEDY, max_new_tokens=100))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -106,7 +106,7 @@ def test_text_recipes_know_one_prompt_and_no_answer_without_a_question(finished:
     tokenizer = pipeline.talk(recipe, "base").tokenizer
     data = Data(train="x", validation_rows=1, test_rows=1, render="text", text_template="Q: {prompt}\n")
     recited = Recited([tokenizer.stop_ids[0]])
-    voice = Voice("x", data, tokenizer, recited)
+    voice = Voice("x", data, tokenizer, None, recited)
     assert "".join(voice.answer(ASKED, GREEDY, max_new_tokens=5)) == ""
     assert recited.heard == [tokenizer.bos_id, *tokenizer.encode("Q: Remind me at 203\n")]
     with pytest.raises(DataError, match="the last message must be the user's"):
@@ -123,6 +123,88 @@ class Recited:
         self.heard = self.heard or list(token_ids)
         said = start + len(token_ids) - len(self.heard)
         return torch.nn.functional.one_hot(torch.tensor(self.token_ids[said]), 400).float()
+
+
+@pytest.mark.parametrize(
+    ("room", "problem"), [(3, "answer is cut off"), (0, "Ask more briefly"), (-2, "Ask more briefly")]
+)
+def test_a_conversation_beyond_the_window_is_told(finished: tuple[Recipe, RunFolder], room: int, problem: str) -> None:
+    recipe, _ = finished
+    tokenizer = pipeline.talk(recipe, "base").tokenizer
+    text = tokenizer.encode("never ending")
+    window = len(prompt_ids(ASKED, recipe.data, tokenizer)) + room
+    voice = Voice("merged", recipe.data, tokenizer, window, Recited(text))
+    pieces: list[str] = []
+    with pytest.raises(DataError, match=f"merged reads {window} tokens at most.*{problem}"):
+        pieces.extend(voice.answer(ASKED, GREEDY, max_new_tokens=100))
+    assert "".join(pieces) == tokenizer.decode(text[: max(0, room)], skip_special=True)
+
+
+def test_an_answer_that_ends_with_the_window_is_whole(finished: tuple[Recipe, RunFolder]) -> None:
+    recipe, _ = finished
+    tokenizer = pipeline.talk(recipe, "base").tokenizer
+    text = [*tokenizer.encode("whole"), tokenizer.stop_ids[0]]
+    window = len(prompt_ids(ASKED, recipe.data, tokenizer)) + len(text)
+    voice = Voice("merged", recipe.data, tokenizer, window, Recited(text))
+    assert voice.say(ASKED[0]["content"], max_new_tokens=100) == "whole"
+
+
+def test_models_speak_with_the_chat_template_of_the_recipe(finished: tuple[Recipe, RunFolder], tmp_path: Path) -> None:
+    recipe, _ = finished
+    own = (Path(f"{recipe.base_model.path}") / "chat_template.jinja").read_text(encoding="utf-8")
+    (tmp_path / "mine.jinja").write_text(own.replace("{{ bos_token }}", "{{ bos_token }}Mine: "), encoding="utf-8")
+    update = {"chat_template": str(tmp_path / "mine.jinja"), "cache_folder": str(tmp_path / "rows")}
+    mine = recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+    heard = [
+        prompt_ids(ASKED, voice.data, voice.tokenizer)
+        for voice in (pipeline.talk(each, "base") for each in (recipe, mine))
+    ]
+    tokenizer = pipeline.talk(recipe, "base").tokenizer
+    assert heard[1] == [tokenizer.bos_id, *tokenizer.encode("Mine: "), *heard[0][1:]]
+
+
+# Files for llama.cpp.
+
+
+@pytest.mark.gguf
+def test_a_gguf_file_says_what_the_evaluation_has_measured(gguf_run: FinishedRun) -> None:
+    kept = json.loads((gguf_run.root / "stages" / "export-gguf_q8_0.json").read_text(encoding="utf-8"))
+    samples = kept["record"]["evaluation"]["samples"]
+    assert samples
+    voice = pipeline.talk(gguf_run.recipe, "gguf_q8_0")
+    assert voice.window == 512, "what the base was made for is less than llama.cpp would be given"
+    for sample in samples:
+        assert voice.say(sample["prompt"], max_new_tokens=4).strip() == sample["output"]
+
+
+@pytest.mark.gguf
+def test_two_gguf_files_hold_a_conversation_each(gguf_run: FinishedRun) -> None:
+    code, out, err = invoke(
+        *("chat", gguf_run.root, "--at", "gguf_q8_0", "--compare", "gguf_q6_k", "--max-new-tokens", "6"),
+        said="Remind me at 3\nAnd at 4\n/new\nRemind me at 3\n\n",
+    )
+    assert (code, err) == (0, "")
+    answers = {}
+    for name in ("gguf_q8_0", "gguf_q6_k"):
+        voice = pipeline.talk(gguf_run.recipe, name)
+        first = voice.say("Remind me at 3", max_new_tokens=6)
+        asked = [
+            {"role": "user", "content": "Remind me at 3"},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": "And at 4"},
+        ]
+        answers[name] = [first, "".join(voice.answer(asked, GREEDY, max_new_tokens=6)), first]
+    turns = (f"[{name}]\n{answers[name][turn]}\n" for turn in range(3) for name in answers)
+    assert out.partition("forgets.\n")[2] == "".join(turns)
+
+
+@pytest.mark.gguf
+def test_a_prompt_that_a_gguf_file_has_no_room_for_is_told_without_a_traceback(gguf_run: FinishedRun) -> None:
+    code, _, err = invoke("chat", gguf_run.root, "--at", "gguf_q8_0", said="at 3 " * 400 + "\nnever asked\n")
+    assert code == 2
+    assert "gguf_q8_0 reads 512 tokens at most" in err
+    code, _, err = invoke("chat", gguf_run.root, "--at", "gguf_adapter", said="x\n")
+    assert (code, "Take trained (adapter_unmerged): the same adapter" in err) == (2, True)
 
 
 # Commands.
@@ -173,7 +255,7 @@ def test_two_models_stand_side_by_side_on_a_terminal(finished: tuple[Recipe, Run
     data, tokenizer = recipe.data, pipeline.talk(recipe, "base").tokenizer
     stop = tokenizer.stop_ids[0]
     voices = [
-        Voice(name, data, tokenizer, Recited([*tokenizer.encode(text), stop]))
+        Voice(name, data, tokenizer, None, Recited([*tokenizer.encode(text), stop]))
         for name, text in (("one", "first \x1b[31m"), ("two", "second, longer"))
     ]
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
@@ -188,7 +270,12 @@ def test_two_models_stand_side_by_side_on_a_terminal(finished: tuple[Recipe, Run
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "{run}", "--prompts", "none.txt"), "none.txt cannot be read"),
+        (("generate", "{run}", "--prompts", "none.txt"), "none.txt cannot be read: there is no such file. Name"),
+        (("chat", "{run}s"), "Did you mean {run}?"),
+        (
+            ("chat", "nowhere/run"),
+            "there is no run nowhere/run. nowhere holds no run. Name a run's folder, or its recipe",
+        ),
         (("generate", "{run}", "--prompts", "bad.jsonl"), "bad.jsonl:2"),
         (("generate", "{run}"), "no prompt in standard input"),
         (("generate", "elsewhere", "--prompt", "x"), "no folder of a run"),
@@ -208,7 +295,7 @@ def test_what_cannot_be_asked_is_told(
     (tmp_path / "elsewhere").mkdir()
     code, _, err = invoke(*(part.replace("{run}", str(finished[1].root)) for part in arguments), said="")
     assert code == 2
-    assert message in err
+    assert message.replace("{run}", str(finished[1].root)) in err
 
 
 # Servers.
@@ -231,7 +318,6 @@ def test_an_adapter_is_served_on_its_base_with_a_rank_that_vllm_has(finished: tu
         f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules tiny={adapter} "
         "--quantization bitsandbytes --dtype bfloat16 --max-model-len 520"
     )
-    assert LORA_RANKS == vllm.LORA_RANKS
     dora = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"use_dora": True})})
     with pytest.raises(RunFolderError, match="no DoRA"):
         serve_commands(dora, folder, "trained")

@@ -19,6 +19,7 @@ from qlora_trainer.pipeline.tasks import TaskRequest, evaluate_tasks
 from qlora_trainer.runtime.progress import Silent
 from qlora_trainer.stages.tasks import PROBES
 from tests.finished import FinishedRun
+from tests.stages.tasks.own_tasks import TASKS, write_tasks
 
 INT8 = "export:compressed_tensors_w8a16"
 MODELS = ("base_16bit", "quantized_base", "adapter_unmerged", "merged_16bit", INT8)
@@ -90,8 +91,10 @@ def test_figures_of_a_file_that_was_made_anew_leave_the_report(run: FinishedRun,
 
 
 def test_models_and_tasks_that_are_not_there_are_named(run: FinishedRun) -> None:
-    with pytest.raises(RunFolderError, match=r"no model export:gguf_q4_0\. It has: base_16bit, quantized_base"):
+    with pytest.raises(RunFolderError, match=r"no model gguf_q4_0\. It has: base, quantized, trained"):
         evaluate_tasks(run.recipe, TaskRequest(("probes",), stages=("gguf_q4_0",)))
+    with pytest.raises(RunFolderError, match=r"no model mergd\. Did you mean merged\?"):
+        evaluate_tasks(run.recipe, TaskRequest(("probes",), stages=("base", "mergd")))
     with pytest.raises(DataError, match="no folder"):
         evaluate_tasks(run.recipe, TaskRequest(("probes",), stages=("base_16bit",), folder=Path("/nowhere/at/all")))
 
@@ -114,7 +117,7 @@ def test_the_command_prints_the_table(run: FinishedRun, asked: Watcher) -> None:
         make_app(),
         [
             *("evaluate", str(run.path), "--set", f"run.folder={run.root.parent}"),
-            *("--tasks", "probe_in_context", "--stage", "base_16bit", "--stage", "merged_16bit", "--limit", "3"),
+            *("--tasks", "probe_in_context", "--at", "base", "--stage", "merged_16bit", "--limit", "3"),
         ],
     )
     assert result.exit_code == 0, result.output
@@ -127,3 +130,37 @@ def test_options_of_tasks_need_tasks(run: FinishedRun) -> None:
     result = CliRunner().invoke(make_app(), ["evaluate", str(run.path), "--limit", "3"])
     assert result.exit_code == 2
     assert "belong to --tasks" in result.stderr
+
+
+# Files for llama.cpp.
+
+
+@pytest.mark.gguf
+def test_gguf_files_are_asked_the_same_tasks_as_the_model_that_they_were_made_of(
+    gguf_run: FinishedRun, tmp_path: Path
+) -> None:
+    shutil.copytree(gguf_run.root, tmp_path / "moved")
+    (tmp_path / "own").mkdir()
+    result = CliRunner().invoke(
+        make_app(),
+        [
+            *("evaluate", str(tmp_path / "moved"), "--tasks", ",".join(TASKS), "--limit", "8"),
+            *("--task-folder", str(write_tasks(tmp_path / "own"))),
+            *("--at", "merged", "--at", "gguf_q8_0", "--at", "export:gguf_q6_k"),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    found = {(row.stage, row.task, row.metric): row for row in read_rows(tmp_path / "moved" / "tasks.json")}
+    assert {stage for stage, _, _ in found} == {"merged_16bit", "export:gguf_q8_0", "export:gguf_q6_k"}
+    assert {task for _, task, _ in found} == set(TASKS)
+    exact = found["merged_16bit", "own_rolling", "bits_per_byte"].value
+    # Measured: 6.6984 bits per byte; +0.0016 with 8 bits, -0.028 with 6. Zero would be the merged model itself.
+    for name, most in (("gguf_q8_0", 0.01), ("gguf_q6_k", 0.1)):
+        assert 1e-5 < abs(found[f"export:{name}", "own_rolling", "bits_per_byte"].value - exact) < most
+    assert all(row.items == 8 for row in found.values())
+
+
+@pytest.mark.gguf
+def test_an_adapter_for_llama_cpp_is_not_asked_without_its_base(gguf_run: FinishedRun) -> None:
+    with pytest.raises(RunFolderError, match=r"gguf_adapter runs only on top .* Take trained \(adapter_unmerged\)"):
+        evaluate_tasks(gguf_run.recipe, TaskRequest(("probes",), stages=("base", "gguf_adapter")))

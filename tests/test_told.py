@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from qlora_trainer.preflight import check
 from qlora_trainer.records import Evaluation, RunReport, Sample, Score
 from qlora_trainer.runtime import tracking
 from qlora_trainer.runtime.tracked_run import Table
+from tests.conftest import REPOSITORY
 from tests.runtime.test_tracking import finished_records, values
+from tests.runtime.wandb_server import API_KEY, serving
 from tests.test_pipeline import recipe_for
 
 RUN = """
@@ -32,13 +36,34 @@ SECRETS = {
     "HF_TOKEN": "hf_" + "SecretOfThisMachine" * 2,
     "HUGGING_FACE_HUB_TOKEN": "hf_" + "OtherSecretOfIt" * 2,
 }
+GIT_TOKEN = "ghp_" + "TokenOfTheRemote" * 2
+UNCOMMITTED = "password = 'not yet committed'"
+
+
+def working_copy(folder: Path, remote: str) -> Path:
+    """A git repository whose remote holds a token, with a file of which a line is not committed."""
+    folder.mkdir()
+    author = ("-c", "user.name=me", "-c", "user.email=me@localhost")
+    (folder / "settings.py").write_text("", encoding="utf-8")
+    for command in (("init", "-q"), ("remote", "add", "origin", remote), ("add", "."), ("commit", "-qm", "one")):
+        subprocess.run(["git", *author, *command], cwd=folder, check=True, capture_output=True)
+    (folder / "settings.py").write_text(f"{UNCOMMITTED}\n", encoding="utf-8")
+    return folder
+
+
+def carry_out(folder: Path, place: Path, variables: Mapping[str, str]) -> None:
+    """The run of a folder's recipe.yaml in a process of its own, because other tests break wandb in this one."""
+    places = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment |= dict.fromkeys(places, str(folder / "home")) | {"PYTHONPATH": str(REPOSITORY)} | variables
+    command = [sys.executable, "-c", RUN, str(folder / "recipe.yaml"), str(folder / "report.pickle")]
+    subprocess.run(command, cwd=place, env=environment, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def told(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunReport]:
     """A finished run, told to wandb (offline) and, where it is installed, TensorBoard, on a machine with logins."""
     folder = tmp_path_factory.mktemp("told")
-    places = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
     recipe = recipe_for(
         llama_folder,
         folder,
@@ -54,10 +79,10 @@ def told(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         },
     )
     (folder / "recipe.yaml").write_text(recipe_file.dump(recipe), encoding="utf-8")
-    # In a process of its own: other tests break wandb in this one on purpose.
-    environment = os.environ | dict.fromkeys(places, str(folder / "home")) | SECRETS
-    command = [sys.executable, "-c", RUN, str(folder / "recipe.yaml"), str(folder / "report.pickle")]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    # wandb looks where the program was started, and takes a password out of an address, but not a user's name.
+    place = working_copy(folder / "work", f"https://{GIT_TOKEN}:x-oauth-basic@host/owner/repository")
+    carry_out(folder, place, SECRETS)
+    shutil.rmtree(place)
     report = pickle.loads((folder / "report.pickle").read_bytes())
     assert isinstance(report, RunReport)
     return folder / "runs" / "tiny", report
@@ -71,6 +96,8 @@ def test_no_key_of_the_machine_is_in_anything_that_a_run_leaves(told: tuple[Path
     for path in files:
         content = path.read_bytes()
         assert [name for name, value in SECRETS.items() if value.encode() in content] == [], path
+        assert GIT_TOKEN.encode() not in content, path
+        assert UNCOMMITTED.encode() not in content, path
 
 
 def test_wandb_hears_names_figures_tables_outputs_and_the_page(told: tuple[Path, RunReport]) -> None:
@@ -114,6 +141,42 @@ def test_artifacts_name_what_they_were_made_from(told: tuple[Path, RunReport]) -
     assert [entry.path for entry in export.manifest.contents] == ["identity.json"]
     (figures,) = [each for each in report.exports if each.format == "compressed_tensors_w8a16"]
     assert json.loads(export.metadata)["sha256"] == figures.sha256
+
+
+@pytest.mark.slow
+def test_adapter_and_exports_go_up_as_versions_with_their_lineage(llama_folder: Path, tmp_path: Path) -> None:
+    formats = ["peft_adapter", "compressed_tensors_w8a16"]
+    with serving() as server:
+        for number, rate in enumerate((0.01, 0.02)):
+            folder = tmp_path / f"{number}"
+            folder.mkdir()
+            recipe = recipe_for(
+                llama_folder,
+                tmp_path,
+                run={"folder": str(folder / "runs")},
+                data={"cache_folder": str(folder / "encoded")},
+                export={"formats": formats},
+                training={"max_steps": 3, "learning_rate": rate},
+                tracking={"wandb": "online", "upload": ["adapter", "exports"], "run_id": f"run{number}"},
+            )
+            (folder / "recipe.yaml").write_text(recipe_file.dump(recipe), encoding="utf-8")
+            carry_out(folder, folder, {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY})
+    versions = [each for each in server.versions if each.kind in ("model", "dataset")]
+    assert all(each.state == "COMMITTED" for each in versions)
+    base, data, *made = versions
+    # Base and rows are the same for both runs: one version, used twice.
+    assert [set(each.used_by) for each in (base, data)] == [{"run0", "run1"}] * 2
+    assert [each.made_by for each in (base, data)] == [None, None]
+    # Two runs of one name: every file has two versions, each of the run that made it.
+    names = ["tiny-adapter", *(f"tiny-{name}" for name in formats)]
+    assert [(each.name, each.made_by) for each in made] == [(name, run) for run in ("run0", "run1") for name in names]
+    for each in made:
+        root = tmp_path / str(each.made_by)[-1] / "runs" / "tiny"
+        place = root / "adapter" if each.name == "tiny-adapter" else root / "exports" / each.name.removeprefix("tiny-")
+        held = {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        assert {name: content for name, content in each.files.items() if name != "identity.json"} == held
+        assert each.manifest["contents"].keys() == {"identity.json", *held}
+        assert each.metadata["made_from"].keys() == {base.name, data.name}
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_trained(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_trainer.errors import DataError
+from qlora_trainer.errors import DataError, reason_of
 
 Messages = list[dict[str, str]]
 
@@ -43,7 +43,7 @@ def _of_file(path: Path) -> list[Messages]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts: {path} cannot be read: {error}. Name a UTF-8 file") from error
+        raise DataError(f"--prompts: {path} cannot be read: {reason_of(error)}. Name a UTF-8 file") from error
     if path.suffix != ".jsonl":
         return [_asked(line) for line in lines if line.strip()]
     found, problems = [], []

@@ -1,11 +1,11 @@
 """``push``: a verified file of a finished run, with its card, to the Hugging Face hub."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora_trainer.cli.guard import guarded
+from qlora_trainer.cli.run_path import RunPath, recipe_of
 from qlora_trainer.cli.screen import make_console, size, write
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ bar, or changed since it was measured is refused. The login is that of `hf auth 
 
 \b
 Examples:
-  qlora-trainer push recipes/quickstart.yaml --format peft_adapter --to me/quickstart
-  qlora-trainer push recipes/quickstart.yaml --format gguf_q4_1 --to me/quickstart-gguf --yes --public"""
+  qlora-trainer push runs/quickstart --format peft_adapter --to me/quickstart
+  qlora-trainer push runs/quickstart --format gguf_q4_1 --to me/quickstart-gguf --yes --public"""
 
 
 def push(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe of the run.", show_default=False)],
+    run: RunPath,
     file_format: Annotated[str, typer.Option("--format", help="The export to send.", show_default=False)],
     to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="The repository.", show_default=False)],
     *,
@@ -44,10 +44,8 @@ def push(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As for the run.")] = False,
 ) -> None:
     """Shows the parcel, and sends it with ``--yes``."""
-    from qlora_trainer.recipe_file import load  # noqa: PLC0415
-
     with guarded():
-        loaded = load(recipe, overrides or [])
+        recipe = recipe_of(run, overrides or [])
         from qlora_trainer import pipeline  # noqa: PLC0415
 
         asked = pipeline.Asked(
@@ -58,7 +56,7 @@ def push(
             even_below_bar=even_if_below_bar,
             even_unverified=even_if_unverified,
         )
-        parcel = pipeline.pack(loaded, asked, trust_remote_code=trust_remote_code)
+        parcel = pipeline.pack(recipe, asked, trust_remote_code=trust_remote_code)
         console = make_console()
         write(console, _shown(parcel))
         if not yes:

@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 
 from qlora_trainer.cli.guard import guarded
-from qlora_trainer.cli.screen import heading, make_console, write
+from qlora_trainer.cli.run_path import RunPath, recipe_of
+from qlora_trainer.cli.screen import heading, make_console, tell_error, write
+from qlora_trainer.errors import DataError
 
 if TYPE_CHECKING:
     from qlora_trainer.cli.speaking import Speakers
     from qlora_trainer.pipeline import Sampling
-    from qlora_trainer.recipe import Recipe
 
 CHAT_HELP = """Talk to a model of a finished run; answers come word by word.
 
@@ -47,7 +48,6 @@ Examples:
   qlora-trainer serve runs/quickstart
   qlora-trainer serve runs/quickstart --at peft_adapter"""
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or its recipe.", show_default=False)]
 At = Annotated[
     str | None,
     typer.Option("--at", metavar="MODEL", help="base, quantized, trained, merged, or the name of an export."),
@@ -128,7 +128,7 @@ def _serve(run: RunPath, *, at: At = None) -> None:
 
     with guarded():
         console = make_console()
-        recipe = _recipe_of(run)
+        recipe = recipe_of(run)
         folder = RunFolder(Path(recipe.run.folder) / recipe.run.name)
         models = models_of(folder, recipe)
         name = models.named(at)
@@ -145,7 +145,7 @@ def _opened(
     run: Path, names: tuple[str | None, str | None], drawing: tuple[float, int, float, int], *, trust: bool
 ) -> tuple["Speakers", "Sampling"]:
     """The models that answer, and how they choose their words."""
-    recipe = _recipe_of(run)
+    recipe = recipe_of(run)
     # Here, after the recipe was found good: torch and its libraries take seconds.
     from qlora_trainer import pipeline  # noqa: PLC0415
     from qlora_trainer.cli.speaking import Speakers  # noqa: PLC0415
@@ -156,23 +156,6 @@ def _opened(
     voices = [pipeline.talk(recipe, name, trust_remote_code=trust) for name in wanted]
     sampling = pipeline.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return Speakers(voices), sampling
-
-
-def _recipe_of(run: Path) -> "Recipe":
-    """The recipe of a run, whose folder is the one that was named, wherever it was moved to."""
-    from qlora_trainer.errors import RunFolderError  # noqa: PLC0415
-    from qlora_trainer.recipe_file import load  # noqa: PLC0415
-
-    if not run.is_dir():
-        return load(run)
-    if not (run / "recipe.yaml").is_file():
-        raise RunFolderError(
-            f"{run} is no folder of a run: it has no recipe.yaml. Name runs/NAME, or the recipe's file"
-        )
-    recipe = load(run / "recipe.yaml")
-    place = run.resolve()
-    moved = recipe.run.model_copy(update={"folder": str(run.parent), "name": place.name})
-    return recipe.model_copy(update={"run": moved})
 
 
 def _converse(
@@ -187,12 +170,19 @@ def _converse(
         if said == "/new":
             histories = [[] for _ in speakers.names]
             continue
-        for history in histories:
-            history.append({"role": "user", "content": said})
-        asked = [with_system(history, system) for history in histories]
-        answers = speakers.tell_each(console, asked, sampling, max_new_tokens=max_new_tokens)
-        for history, answer in zip(histories, answers, strict=True):
-            history.append({"role": "assistant", "content": answer})
+        going = [[*history, {"role": "user", "content": said}] for history in histories]
+        asked = [with_system(history, system) for history in going]
+        try:
+            answers = speakers.tell_each(console, asked, sampling, max_new_tokens=max_new_tokens)
+        except DataError as error:
+            if not sys.stdin.isatty():
+                raise
+            # What could not be answered was not said; the conversation is still there.
+            tell_error(f"{error} (/new)")
+            continue
+        histories = [
+            [*history, {"role": "assistant", "content": answer}] for history, answer in zip(going, answers, strict=True)
+        ]
 
 
 def _asker(console: Console) -> Callable[[], str | None]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from qlora_trainer.cli.guard import guarded
 from qlora_trainer.cli.options import AsJson, Overrides, Quiet, RecipePath, TrustRemoteCode
+from qlora_trainer.cli.run_path import recipe_of
 from qlora_trainer.cli.screen import make_console, printable, write
 from qlora_trainer.cli.watching import watching
 from qlora_trainer.errors import MissingPackageError
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from qlora_trainer.records import TaskRow
 
 TASKS_HELP = """With --tasks, tasks of lm-evaluation-harness are asked instead, of every model that the run has, or of
-those named by --stage; results stand in tasks.json and in the report, and are not repeated. Needs the extra `eval`.
+those named by --at; results stand in tasks.json and in the report, and are not repeated. Needs the extra `eval`.
 `--tasks probes` needs no download: small probes of what quantization may cost, made for this package.
 
 \b
 Examples with tasks:
   qlora-trainer evaluate recipes/quickstart.yaml --tasks probes
-  qlora-trainer evaluate RECIPE --tasks hellaswag --stage base_16bit --stage gguf_q4_1 --limit 200
+  qlora-trainer evaluate RECIPE --tasks hellaswag --at base --at gguf_q4_1 --limit 200
   qlora-trainer evaluate RECIPE --tasks my_task --task-folder my_tasks"""
 
 Tasks = Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="Tasks, or `probes`, with commas between.")]
@@ -36,7 +37,7 @@ TaskFolder = Annotated[
 ]
 Stages = Annotated[
     list[str] | None,
-    typer.Option("--stage", metavar="NAME", help="A model, as in the report; may be repeated. Default: all."),
+    typer.Option("--at", "--stage", metavar="MODEL", help="A model of the run; may be repeated. Default: all."),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Items of a task at most; for a first look.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask through the base model's chat template.")]
@@ -60,7 +61,7 @@ def with_tasks(plain: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         if tasks is None:
             if task_folder is not None or stage or limit is not None or chat:
-                raise typer.BadParameter("--task-folder, --stage, --limit and --chat belong to --tasks: name some")
+                raise typer.BadParameter("--task-folder, --at, --limit and --chat belong to --tasks: name some")
             plain(recipe, overrides, trust_remote_code=trust_remote_code, quiet=quiet, as_json=as_json)
             return
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -78,9 +79,7 @@ def with_tasks(plain: Callable[..., None]) -> Callable[..., None]:
 
 
 def _ask(path: Path, overrides: Sequence[str], asked: dict[str, object], *, trust_remote_code: bool) -> None:
-    from qlora_trainer.recipe_file import load  # noqa: PLC0415
-
-    recipe = load(path, overrides)
+    recipe = recipe_of(path, overrides)
     if find_spec("lm_eval") is None:
         raise MissingPackageError(
             '--tasks needs lm-evaluation-harness, which is not installed: pip install "qlora-trainer[eval]"'

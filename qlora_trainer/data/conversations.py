@@ -16,6 +16,7 @@ TRAINING_KEYS = ("train", "weight")
 ``weight`` (0 or 1). Templates do not see them."""
 
 
+USUAL_ROLES = ("system", "user", "assistant", "tool")
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -82,7 +83,10 @@ def conversation_problem(value: object) -> str:
         if problem:
             return f"message {number}{problem}"
     last = value[-1]["role"]
-    return "" if last == "assistant" else f"ends with role {last!r}; the last message must be the assistant's answer"
+    if last == "assistant":
+        return ""
+    known = "" if last in USUAL_ROLES else f", which is none of the usual {', '.join(USUAL_ROLES)}"
+    return f"ends with role {last!r}{known}; the last message must be the assistant's answer"
 
 
 def tools_problem(value: object) -> str:

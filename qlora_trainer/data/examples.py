@@ -25,6 +25,8 @@ from qlora_trainer.data.problems import SHOWN_PROBLEMS, Problems, json_kind, lis
 from qlora_trainer.data.sources import Reading, Row, SourceFile
 from qlora_trainer.errors import DataError
 
+WHICH_COLUMN = "Name it in the recipe (data.prompt_column and the like), or choose the data.format of these columns"
+
 Check = Callable[[object], str]
 Format = Literal["prompt_completion", "messages", "sharegpt", "instruction", "text"]
 
@@ -199,7 +201,7 @@ class ExampleReading:
                 close = difflib.get_close_matches(wanted, there, n=1, cutoff=0.5)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 listed = ", ".join([*there][: 3 * SHOWN_PROBLEMS])
-                problems.append(f"no row has a column {wanted!r}; the columns are {listed}.{hint}")
+                problems.append(f"no row has a column {wanted!r}; the columns are {listed}.{hint} {WHICH_COLUMN}")
         if problems:
             raise DataError(listed_problems(self.reading.path, problems))
 

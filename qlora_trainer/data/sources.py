@@ -243,7 +243,9 @@ def _without_null_fields(value: object) -> object:
 
 
 def _json_complaint(error: json.JSONDecodeError | RecursionError) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):
+        return "nested too deeply"
+    return f"is no JSON ({error.msg} at column {error.colno})"
 
 
 def _not_utf8(path: Path) -> str:

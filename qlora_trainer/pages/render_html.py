@@ -7,16 +7,18 @@ still not run.
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from qlora_trainer.pages.page import Page
 from qlora_trainer.pages.visible import visible
 
 FOLDER = Path(__file__).parent / "templates"
 TEMPLATE = "page.html.j2"
+BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|[KMG]?i?B|ms|s|min|h|nats|bits)(?!\w))")
 
 
 def render_html(page: Page) -> str:
@@ -34,8 +36,24 @@ def render_html(page: Page) -> str:
     # For what is markup of our own: the style sheet, the script, and charts that were built as an element tree, so
     # that every text in them is escaped already.
     environment.filters["markup"] = Markup
+    environment.filters["together"] = together
+    environment.filters["breakable"] = breakable
     template = environment.get_template(TEMPLATE)
     return template.render(page=page, style=style, script=script, policy=policy(style=style, script=script))
+
+
+def together(text: str) -> str:
+    r"""A number and its unit with a space between them at which no line is broken; for words of our own.
+
+    >>> together("98 % of 4.0 GiB")
+    '98\xa0% of 4.0\xa0GiB'
+    """
+    return BEFORE_UNIT.sub("\u00a0", text)
+
+
+def breakable(name: str) -> Markup:
+    """A name whose line may be broken behind its underscores, and not first in the middle of a word."""
+    return Markup("_<wbr>").join(escape(part) for part in visible(name).split("_"))
 
 
 def policy(*, style: str, script: str) -> str:

@@ -46,6 +46,11 @@ def quantized_base(
 def quantized_again(recipe: Recipe, base: BaseCheckpoint, *, trust_remote_code: bool) -> QuantizedModel:
     """The base that a finished run has trained on: from the cache, or made once more where that was deleted.
 
+    Args:
+        recipe: whose run it is.
+        base: the 16-bit model, with the recipe's chat template where it has one.
+        trust_remote_code: allow Python code that comes with the model.
+
     Raises:
         TrainerError: as ``quantized_base``; ``gptq_int4`` needs the rows of the recipe's data section.
     """
@@ -54,7 +59,7 @@ def quantized_again(recipe: Recipe, base: BaseCheckpoint, *, trust_remote_code: 
         base,
         layers=adapt.choose_layers(base, recipe.lora, trust_remote_code=trust_remote_code),
         content_key=base_model.content_key(base),
-        rows=lambda: dataset.load_rows(recipe, dataset.with_chat_template(base, recipe.data).folder),
+        rows=lambda: dataset.load_rows(recipe, base.folder),
         trust_remote_code=trust_remote_code,
     )
 

@@ -2,16 +2,19 @@
 
 from pathlib import Path
 
-from qlora_trainer.errors import RunFolderError
-from qlora_trainer.pipeline.quantizing import quantized_again
+from qlora_trainer.pipeline.run_models import ModelsOnDisk
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.runtime.device import set_threads
 from qlora_trainer.runtime.run_folder import RunFolder
-from qlora_trainer.serving import ADAPTER, GGUF_ADAPTER, models_of
+from qlora_trainer.serving import models_of
 from qlora_trainer.stages import base_model
-from qlora_trainer.stages.converse import Sampling, Speaker, Voice, open_voice
+from qlora_trainer.stages.converse import Sampling, TextTokenizer, Voice, steps_of
 
 __all__ = ["Sampling", "Voice", "talk"]
+
+GGUF_WINDOW = 4096
+"""Tokens of a conversation with a GGUF file at most, where training saw no longer rows: llama.cpp makes room for all
+of them at once, for a model of 8 billion parameters half a gigabyte."""
 
 
 def talk(recipe: Recipe, at: str | None = None, *, trust_remote_code: bool = False) -> Voice:
@@ -30,27 +33,9 @@ def talk(recipe: Recipe, at: str | None = None, *, trust_remote_code: bool = Fal
     set_threads(recipe.run.threads)
     folder = RunFolder(Path(recipe.run.folder) / recipe.run.name)
     name = models_of(folder, recipe).named(at)
-    return open_voice(
-        _speaker(name, recipe, folder, trust_remote_code=trust_remote_code),
-        recipe.data,
-        compute_dtype=recipe.quantization.compute_dtype,
-        threads=recipe.run.threads,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _speaker(name: str, recipe: Recipe, folder: RunFolder, *, trust_remote_code: bool) -> Speaker:
-    """The files behind a name of ``models_of``."""
-    base = base_model.resolve(recipe.base_model, trust_remote_code=trust_remote_code)
-    if name == GGUF_ADAPTER:
-        raise RunFolderError(f"{name} speaks only on top of a GGUF file of the base. Talk to trained: the same adapter")
-    if name == "base":
-        return Speaker(name, base.folder, base.folder)
-    if name == "merged":
-        return Speaker(name, folder.merged, base.folder)
-    if name in ("quantized", "trained", ADAPTER):
-        adapter = {"trained": folder.adapter, ADAPTER: folder.exports / ADAPTER}.get(name)
-        quantized = quantized_again(recipe, base, trust_remote_code=trust_remote_code)
-        return Speaker(name, quantized.folder, base.folder, adapter)
-    export = folder.exports / name
-    return Speaker(name, next(iter(sorted(export.glob("*.gguf"))), export), base.folder)
+    models = ModelsOnDisk(recipe, folder, trust_remote_code=trust_remote_code)
+    files, longest = models.files(name), base_model.longest_row(models.base)
+    room = max(GGUF_WINDOW, recipe.data.window)
+    window = min(longest or room, room) if files.runtime == "llama_cpp" else longest
+    model = models.open(files, window=window or room)
+    return Voice(name, recipe.data, TextTokenizer.load(models.base.folder), window, steps_of(model))

@@ -3,8 +3,8 @@
 Not imported with the rest of the pipeline: it needs the extra ``eval``.
 """
 
+import difflib
 import gc
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from qlora_trainer.errors import RunFolderError
 from qlora_trainer.export_formats import missing_modules
 from qlora_trainer.pipeline.journey import run
 from qlora_trainer.pipeline.ledger import Ledger
-from qlora_trainer.pipeline.quantizing import quantized_again
+from qlora_trainer.pipeline.run_models import ModelsOnDisk
 from qlora_trainer.pipeline.task_file import write_rows
 from qlora_trainer.recipe import ExportFormat, Recipe
-from qlora_trainer.records import BaseCheckpoint, QuantizedModel, TaskEvaluation, TaskRow
+from qlora_trainer.records import TaskEvaluation, TaskRow
 from qlora_trainer.runtime.atomic import sha256_of_files
 from qlora_trainer.runtime.device import seed_everything, set_threads
 from qlora_trainer.runtime.progress import Observer, Silent
 from qlora_trainer.runtime.run_folder import RunFolder, fingerprint
+from qlora_trainer.serving import EXPORT_PREFIX, short_name, stage_name
 from qlora_trainer.stages import base_model, report, tasks
+from qlora_trainer.stages.opening import ModelFiles
 
-STAGES = ("base_16bit", "quantized_base", "adapter_unmerged", "merged_16bit")
-EXPORT_PREFIX = "export:"
 CARD = "README.md"
 OUTLANDISH = re.compile(r"[^\w.-]")
 """What a task's name may hold and a file's name should not."""
@@ -43,7 +43,7 @@ class TaskRequest:
 
     Attributes:
         tasks: names; ``probes`` stands for the package's own.
-        stages: names as in report.json; empty = every model of the run that can be opened here.
+        stages: names as in report.json or shorter; empty = every model of the run that can be opened here.
         folder: the user's own task files; None = none.
         limit: items of a task at most; None = all.
         is_chat: whether items go through the base model's chat template.
@@ -105,7 +105,7 @@ class Asking:
         self, recipe: Recipe, request: TaskRequest, folder: RunFolder, observer: Observer, *, trust_remote_code: bool
     ) -> None:
         self.recipe, self.request, self.folder, self.observer = recipe, request, folder, observer
-        self.trust_remote_code = trust_remote_code
+        self.models = ModelsOnDisk(recipe, folder, trust_remote_code=trust_remote_code)
         self.ledger = Ledger(folder, observer)
 
     def everything(self) -> Iterator[TaskEvaluation]:
@@ -113,7 +113,7 @@ class Asking:
         subjects = [self.subject(name) for name in self.stages()]
         with tasks.open_library(self.request.names, self.request.folders) as library:
             for subject in subjects:
-                open_model = _once(partial(self._open, subject))
+                open_model = _once(partial(self._open, subject.stage))
                 for name in library.names:
                     evaluation = self._asked(name, subject, library, open_model)
                     if evaluation.truncated:
@@ -134,47 +134,40 @@ class Asking:
         there = tuple(self._there())
         if not self.request.stages:
             return tuple(self._openable(there))
-        wanted = tuple(_full(name) for name in self.request.stages)
-        absent = [name for name in wanted if name not in there]
+        wanted = tuple(stage_name(name) for name in self.request.stages)
+        absent = [name for name in self.request.stages if stage_name(name) not in there]
         if absent:
+            has = tuple(dict.fromkeys(short_name(name) for name in there))
+            near = difflib.get_close_matches(absent[0], has, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
             raise RunFolderError(
-                f"{self.folder.root} has no model {', '.join(absent)}. It has: {', '.join(there)}. What is missing is "
-                "made by: qlora-trainer run RECIPE"
-            )
-        if "export:gguf_adapter" in wanted:
-            raise RunFolderError(
-                "export:gguf_adapter runs only on a GGUF file of the base. Ask adapter_unmerged: the same adapter"
+                f"{self.folder.root} has no model {', '.join(absent)}.{hint} It has: {', '.join(has)}. What is missing "
+                "is made by: qlora-trainer run RECIPE"
             )
         return wanted
 
-    def subject(self, name: str) -> tasks.TaskSubject:
+    def subject(self, stage: str) -> tasks.TaskSubject:
+        """A model as its figures name it."""
+        return tasks.TaskSubject(stage, self.files(stage).runtime, self._content(stage))
+
+    def files(self, stage: str) -> ModelFiles:
         """The files behind a name."""
-        if name == "base_16bit":
-            return tasks.TaskSubject(name, self.base.folder, None, base_model.content_key(self.base))
-        if name == "quantized_base":
-            return tasks.TaskSubject(name, self.quantized.folder, None, self.quantized.key)
-        if name in ("adapter_unmerged", "export:peft_adapter"):
-            adapter = self.folder.adapter if name == "adapter_unmerged" else self._export(name)
-            key = fingerprint(self.quantized.key, _content(adapter))
-            return tasks.TaskSubject(name, self.quantized.folder, adapter, key)
-        place = self.folder.merged if name in ("merged_16bit", "export:merged_16bit") else self._export(name)
-        model = next(iter(sorted(place.glob("*.gguf"))), place)
-        return tasks.TaskSubject(name, model, None, _content(place))
+        return self.models.files(short_name(stage))
 
-    @cached_property
-    def base(self) -> BaseCheckpoint:
-        """The 16-bit base."""
-        return base_model.resolve(self.recipe.base_model, trust_remote_code=self.trust_remote_code)
-
-    @cached_property
-    def quantized(self) -> QuantizedModel:
-        """The quantized base, from the cache or made again."""
-        return quantized_again(self.recipe, self.base, trust_remote_code=self.trust_remote_code)
+    def _content(self, stage: str) -> str:
+        """Fingerprint of everything that a model is made of."""
+        files = self.files(stage)
+        if stage == "base_16bit":
+            return base_model.content_key(self.models.base)
+        if files.model == self.models.quantized.folder:
+            key = self.models.quantized.key
+            return key if files.adapter is None else fingerprint(key, _content_of(files.adapter))
+        return _content_of(files.model if files.model.is_dir() else files.model.parent)
 
     @cached_property
     def tokenizer(self) -> tasks.TextTokenizer:
         """The base model's."""
-        return tasks.TextTokenizer.load(self.base.folder)
+        return tasks.TextTokenizer.load(self.models.base.folder)
 
     @cached_property
     def plan(self) -> tasks.TaskPlan:
@@ -182,7 +175,7 @@ class Asking:
         return tasks.TaskPlan(
             limit=self.request.limit,
             batch_size=self.recipe.evaluation.batch_size,
-            window=min(WIDEST, _longest(self.base.folder)),
+            window=min(WIDEST, base_model.longest_row(self.models.base) or WIDEST),
             is_chat=self.request.is_chat,
         )
 
@@ -204,14 +197,8 @@ class Asking:
     def _task_files(self) -> tuple[str, ...]:
         return tuple(tasks.folder_fingerprint(folder) for folder in self.request.folders)
 
-    def _open(self, subject: tasks.TaskSubject) -> nn.Module:
-        return tasks.open_subject(
-            subject,
-            compute_dtype=self.recipe.quantization.compute_dtype,
-            window=self.plan.window,
-            threads=self.recipe.run.threads,
-            trust_remote_code=self.trust_remote_code,
-        )
+    def _open(self, stage: str) -> nn.Module:
+        return self.models.open(self.files(stage), window=self.plan.window)
 
     def _there(self) -> Iterator[str]:
         yield "base_16bit"
@@ -236,29 +223,15 @@ class Asking:
             else:
                 yield name
 
-    def _export(self, stage: str) -> Path:
-        return self.folder.exports / stage.removeprefix(EXPORT_PREFIX)
-
-
-def _full(name: str) -> str:
-    return name if name in STAGES or name.startswith(EXPORT_PREFIX) else f"{EXPORT_PREFIX}{name}"
-
 
 def _missing(stage: str) -> tuple[str, ...]:
     found = next((name for name in get_args(ExportFormat) if stage == f"{EXPORT_PREFIX}{name}"), None)
     return () if found is None else missing_modules(found)
 
 
-def _content(folder: Path) -> str:
+def _content_of(folder: Path) -> str:
     """Fingerprint of a file set; its card may change."""
     return fingerprint({name: digest for name, digest in sha256_of_files(folder).items() if name != CARD})
-
-
-def _longest(folder: Path) -> int:
-    """Tokens that the base was made for, as its config.json says."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    return found if isinstance(found, int) else WIDEST
 
 
 def _once(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

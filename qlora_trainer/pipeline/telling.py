@@ -75,7 +75,9 @@ class Telling:
         )
 
     def _data(self) -> Artifact:
-        rows, given = self.ground.rows, self.recipe.data.model_dump(mode="json", exclude_unset=True)
+        rows = self.ground.rows
+        # Where encoded rows are kept says nothing of them.
+        given = self.recipe.data.model_dump(mode="json", exclude_unset=True, exclude={"cache_folder"})
         return Artifact(
             name=_artifact_name(f"data-{self.recipe.run.name}"),
             kind="dataset",

@@ -165,6 +165,7 @@ def _whole(recipe: Recipe, base: BaseCheckpoint, rows: TaskRows, room: Memory, f
         fitting = rooms(shape, load, room.free_bytes, rows=cut.micro_batch_size, window=recipe.data.window)
         disk = _disk(recipe, shape, load)
         found.add(layer_findings(recipe, shape.linears))
+        found.problems += (f"lora.target_modules: {text}" for text in recipe.lora.unknown_targets(shape.linears))
     found.problems += row_problems(recipe, training_rows=len(rows.train))
     _judge(memory, disk, found)
     return Preflight(

@@ -1,5 +1,7 @@
 """The model: where it lies, how it is stored while adapters train, what the adapters are."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -100,6 +102,23 @@ class Lora(Section):
     def scale(self) -> float:
         """The factor s before B A."""
         return float(self.alpha / (self.rank**0.5 if self.use_rslora else self.rank))
+
+    def unknown_targets(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """A sentence for each target module that is no layer of the model.
+
+        Args:
+            layers: the last parts of the names of the model's linear layers, such as ``q_proj``.
+        """
+        if self.target_modules == "all-linear":
+            return ()
+        known = sorted(set(layers))
+        sentences = []
+        for name in self.target_modules:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                sentences.append(f"the model has no linear layer {name!r}.{hint} It has: {', '.join(known)}")
+        return tuple(sentences)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

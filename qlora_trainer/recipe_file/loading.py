@@ -16,6 +16,7 @@ from qlora_trainer.recipe_file.overrides import apply_overrides
 from qlora_trainer.recipe_file.problems import schema_problems
 
 LARGEST_FILE_BYTES = 1 << 20
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -98,6 +99,11 @@ def _error(source: str, problems: Sequence[Problem]) -> RecipeError:
 
 
 def _read_text(path: Path) -> str:
+    if path.suffix in DATA_SUFFIXES:
+        raise RecipeError(
+            f"{path} is a data file by its name, and a recipe is wanted: a YAML file that names it as data.train. "
+            f"Write one: qlora-trainer new mine.yaml --data {path}"
+        )
     if path.is_dir():
         raise RecipeError(f"{path} is a folder, not a recipe file.{_recipes_in(path)}")
     try:

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_trainer.errors import BaseModelError, MissingPackageError
+from qlora_trainer.export_formats import LORA_RANKS_OF_VLLM, lora_rank_of_vllm
 from qlora_trainer.numerics.loss import IGNORE_INDEX
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM has room for; an adapter takes the next one up."""
 
 HOW_TO_INSTALL = (
     "vLLM is not installed. It pins other versions of transformers than qlora-trainer: make an environment of its own "
@@ -159,14 +157,16 @@ def summed_nats(
 
 
 def _lora_rank(adapter: Path) -> int:
-    """The smallest rank of ``LORA_RANKS`` that an adapter fits into."""
+    """What vLLM is told to keep room for."""
     config = adapter / "adapter_config.json"
     _require_config(config)
     rank = int(json.loads(config.read_text(encoding="utf-8"))["r"])
-    fitting = [known for known in LORA_RANKS if known >= rank]
-    if not fitting:
-        raise BaseModelError(f"{config}: rank {rank} is beyond vLLM's {LORA_RANKS[-1]}; merge the adapter instead")
-    return fitting[0]
+    fitting = lora_rank_of_vllm(rank)
+    if fitting is None:
+        raise BaseModelError(
+            f"{config}: rank {rank} is beyond vLLM's {LORA_RANKS_OF_VLLM[-1]}; merge the adapter instead"
+        )
+    return fitting
 
 
 def _require_config(path: Path) -> None:

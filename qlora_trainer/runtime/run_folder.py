@@ -25,6 +25,7 @@ from qlora_trainer.errors import RunFolderError
 from qlora_trainer.runtime.atomic import explained, restore_all, write_text
 from qlora_trainer.runtime.environment import changed_versions, describe_environment
 from qlora_trainer.runtime.memory import free_disk_bytes
+from qlora_trainer.runtime.record_paths import from_folder, in_folder
 
 logger = logging.getLogger(__name__)
 
@@ -164,14 +165,15 @@ class RunFolder:
         return _TEXTS.validate_json(self.environment_json.read_bytes())
 
     def save_record(self, name: str, key: str, record: object) -> None:
-        """Keeps the record of a finished stage, in place of an older one.
+        """Keeps the record of a finished stage, in place of an older one; its paths hold where the run is moved to.
 
         Args:
             name: of the stage; becomes a file name.
             key: fingerprint of everything the record depends on.
             record: a dataclass.
         """
-        kept = {"fingerprint": key, "record": to_jsonable_python(record, inf_nan_mode="constants")}
+        told = from_folder(record, self.root)
+        kept = {"fingerprint": key, "record": to_jsonable_python(told, inf_nan_mode="constants")}
         write_text(self._record_file(name), json.dumps(kept, indent=2) + "\n")
 
     def load_record(self, name: str, key: str, record_type: type[Record]) -> Record | None:
@@ -186,7 +188,7 @@ class RunFolder:
             kept = json.loads(path.read_bytes())
             if kept["fingerprint"] != key:
                 return None
-            return TypeAdapter(record_type).validate_json(json.dumps(kept["record"]))
+            return in_folder(TypeAdapter(record_type).validate_json(json.dumps(kept["record"])), self.root)
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged or of another version, its stage is done again: %s", path, error)
             return None

@@ -50,6 +50,9 @@ class WandbRun:
             settings=wandb.Settings(
                 silent=True,
                 console="off",
+                # The remote's address may hold a token, of which wandb takes out a password but not a user's name;
+                # and it would send what is not committed.
+                disable_git=True,
                 init_timeout=START_SECONDS,
                 finish_timeout=plan.upload_seconds,
                 finish_timeout_raises=True,

@@ -74,6 +74,14 @@ def content_key(base: BaseCheckpoint) -> str:
     return digest.hexdigest()
 
 
+def longest_row(base: BaseCheckpoint) -> int | None:
+    """Tokens that the model was made for, as its config.json says; None where it does not say."""
+    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    text_part = config.get("text_config") or {}
+    found = config.get("max_position_embeddings") or text_part.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
 def _config_problems(folder: Path, *, trust_remote_code: bool) -> list[str]:
     path = folder / "config.json"
     if not path.is_file():

@@ -1,48 +1,27 @@
 """Messages in, an answer out, piece by piece: with the template, the stop tokens and the settings of the run.
 
-Which model speaks is decided elsewhere; this module opens it and turns its tokens into text.
+Which model speaks is decided elsewhere, and it comes opened; this module turns its tokens into text.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
+from torch import nn
 
 from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.errors import DataError
-from qlora_trainer.formats.peft_adapter import attach
 from qlora_trainer.numerics.sampling import Sampling, pick
 from qlora_trainer.recipe import Data
 from qlora_trainer.runners import llama_cpp
-from qlora_trainer.runners import transformers as runner
 from qlora_trainer.runners.stepping import CachedSteps, Steps
 
-__all__ = ["Sampling", "Speaker", "Voice", "open_voice", "prompt_ids"]
+__all__ = ["Sampling", "TextTokenizer", "Voice", "prompt_ids", "steps_of"]
 
 Message = Mapping[str, str]
 
 UNFINISHED = "\ufffd"
 """What decoding gives for the first bytes of a character whose others are in the next token."""
-WINDOW = 4096
-"""Tokens of a conversation with a GGUF file at most; its cache is made for so many."""
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """What can be talked to, as files.
-
-    Attributes:
-        name: of the stage, as in report.json.
-        model: folder in Hugging Face layout, or a GGUF file.
-        tokenizer: folder that holds the tokenizer.
-        adapter: folder of an adapter on top of ``model``.
-    """
-
-    name: str
-    model: Path
-    tokenizer: Path
-    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +32,13 @@ class Voice:
         name: of the stage.
         data: the recipe's section, which says how a conversation becomes text.
         tokenizer: of the base model.
+        window: tokens of a conversation, its answers included, at most; None = the model does not say.
     """
 
     name: str
     data: Data
     tokenizer: TextTokenizer
+    window: int | None
     _steps: Steps = field(repr=False)
 
     def say(self, prompt: str, sampling: Sampling | None = None, *, max_new_tokens: int = 256) -> str:
@@ -74,16 +55,20 @@ class Voice:
             max_new_tokens: where an answer that does not stop is cut off.
 
         Raises:
-            DataError: the template refuses the messages.
+            DataError: the template refuses the messages, or the conversation does not fit the window; where it no
+                longer does during the answer, what was written comes first.
         """
         read = prompt_ids(messages, self.data, self.tokenizer)
+        room = self._room(len(read))
+        is_cut = room < max_new_tokens
         chance = sampling.generator()
         written: list[int] = []
         shown = ""
         start = 0
-        while len(written) < max_new_tokens:
+        for _ in range(min(max_new_tokens, room)):
             token = pick(self._steps.next_logits(read, start=start), sampling, chance)
             if token in self.tokenizer.stop_ids:
+                is_cut = False
                 break
             start += len(read)
             read = [token]
@@ -93,26 +78,27 @@ class Voice:
                 yield text[len(shown) :]
                 shown = text
         yield self.tokenizer.decode(written, skip_special=True)[len(shown) :]
+        if is_cut:
+            raise DataError(
+                f"{self.name} reads {self.window:,} tokens at most, which the conversation has reached: this answer is "
+                "cut off. Begin a new conversation"
+            )
+
+    def _room(self, asked: int) -> int:
+        """How many tokens an answer may have behind so many."""
+        if self.window is None:
+            return sys.maxsize
+        if asked >= self.window:
+            raise DataError(
+                f"{self.name} reads {self.window:,} tokens at most, the answer included, and the conversation has "
+                f"{asked:,}. Ask more briefly, or begin a new conversation"
+            )
+        return self.window - asked
 
 
-def open_voice(
-    speaker: Speaker, data: Data, *, compute_dtype: str, threads: int | None, trust_remote_code: bool = False
-) -> Voice:
-    """The model in its runtime: llama.cpp for a GGUF file, transformers otherwise.
-
-    Raises:
-        MissingPackageError: the runtime is not installed.
-        BaseModelError: the files do not fit together.
-    """
-    tokenizer = TextTokenizer.load(speaker.tokenizer)
-    if speaker.model.suffix == ".gguf":
-        model = llama_cpp.load(speaker.model, threads=threads, window=max(WINDOW, data.window))
-        return Voice(speaker.name, data, tokenizer, model)
-    dtype = getattr(torch, compute_dtype)
-    loaded = runner.load(speaker.model, dtype=dtype, trust_remote_code=trust_remote_code)
-    if speaker.adapter is not None:
-        loaded = attach(loaded, speaker.adapter)
-    return Voice(speaker.name, data, tokenizer, CachedSteps(loaded))
+def steps_of(model: nn.Module) -> Steps:
+    """How an opened model goes on, token after token: GGUF files know it, models of transformers get a cache."""
+    return model if isinstance(model, llama_cpp.LlamaCppModel) else CachedSteps(model)
 
 
 def prompt_ids(messages: Sequence[Message], data: Data, tokenizer: TextTokenizer) -> list[int]:

@@ -101,6 +101,7 @@ def test_a_column_that_no_row_has_is_told_once_with_the_nearest_name() -> None:
     assert "2 problems" in text
     assert "no row has a column 'ref'; the columns are mr, reference. Did you mean 'reference'?" in text
     assert "no row has a column 'id'" in text
+    assert "Name it in the recipe (data.prompt_column and the like)" in text
 
 
 def test_half_a_character_is_told() -> None:
@@ -122,6 +123,11 @@ def test_a_group_must_be_a_plain_value() -> None:
         ([USER, {"role": "assistant"}], "message 2: 'content' is missing"),
         ([{"role": 1, "content": "Hi"}], "message 1: 'role' is a number, needs a text"),
         ([{**ANSWER, "content": None}], "message 1: 'content' is null, needs a text"),
+        (
+            [USER, {"role": "bot", "content": "Hi"}],
+            "ends with role 'bot', which is none of the usual system, user, assistant, tool; the last message must be "
+            "the assistant's answer",
+        ),
         ([ANSWER, USER], "ends with role 'user'; the last message must be the assistant's answer"),
     ],
 )

@@ -48,9 +48,9 @@ def test_every_bad_json_line_is_told(tmp_path: Path) -> None:
     content = '{"a": 1}\n{"a": }\n[1]\n{"a": 2}\n{"a"\n'
     text = refusal(written(tmp_path / "a.jsonl", content))
     assert "3 problems" in text
-    assert "line 2: Expecting value at column 7" in text
+    assert "line 2: is no JSON (Expecting value at column 7)" in text
     assert "line 3: a list, not an object" in text
-    assert "line 5: Expecting ':' delimiter" in text
+    assert "line 5: is no JSON (Expecting ':' delimiter" in text
     assert "line 1:" not in text
 
 
@@ -121,7 +121,9 @@ def test_a_json_file_may_hold_lines_as_hub_data_sets_do(tmp_path: Path) -> None:
 
 
 def test_a_broken_json_array_is_told_with_its_line(tmp_path: Path) -> None:
-    assert "line 2: Expecting value at column 7" in refusal(written(tmp_path / "a.json", '[{"a": 1},\n{"a": }]'))
+    assert "line 2: is no JSON (Expecting value at column 7)" in refusal(
+        written(tmp_path / "a.json", '[{"a": 1},\n{"a": }]')
+    )
     assert "element 2: a number, not an object" in refusal(written(tmp_path / "b.json", '[{"a": 1}, 2]'))
 
 

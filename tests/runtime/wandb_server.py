@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote, unquote
 
 API_KEY = "0123456789" * 4
 OWNER = {"id": "P", "name": "project", "entity": {"id": "E", "name": "me"}}
@@ -39,6 +40,7 @@ class Version:
         digest: of its manifest.
         metadata: as the client gave it.
         manifest: what it holds, as uploaded.
+        files: content of its files that were uploaded, by their names in it.
         made_by: id of the run that logged it; None where it was only used.
         used_by: ids of the runs that it was an input of.
         state: ``COMMITTED`` once it is whole.
@@ -50,8 +52,24 @@ class Version:
     metadata: dict[str, Any]
     made_by: str | None
     manifest: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
     used_by: list[str] = field(default_factory=list)
     state: str = "PENDING"
+
+
+@dataclass
+class Sweep:
+    """A sweep as the server knows it.
+
+    Attributes:
+        config: YAML, as the client gave it.
+        trials: settings of the runs that an agent is to start, by run id, one after the other.
+        states: what agents told of their runs at each heartbeat.
+    """
+
+    config: str
+    trials: dict[str, dict[str, Any]] = field(default_factory=dict)
+    states: list[dict[str, bool]] = field(default_factory=list)
 
 
 @dataclass
@@ -62,11 +80,13 @@ class Server:
         url: to be given as WANDB_BASE_URL.
         runs: by their id.
         versions: of artifacts, in the order in which they were made.
+        sweeps: by their name.
     """
 
     url: str = ""
     runs: dict[str, Told] = field(default_factory=dict)
     versions: list[Version] = field(default_factory=list)
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
 
     def graphql(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Answers a query by its name; an empty answer will do for those that are not here."""
@@ -80,8 +100,8 @@ class Server:
             run.starts += variables.get("displayName") is not None
             run.sweep = variables.get("sweep") or run.sweep
             return {"upsertBucket": {"bucket": bucket(variables["name"], run), "inserted": run.starts == 1}}
-        if name in ARTIFACT_QUERIES:
-            return ARTIFACT_QUERIES[name](self, variables.get("input") or variables)
+        if name in QUERIES:
+            return QUERIES[name](self, variables.get("input") or variables)
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
@@ -125,7 +145,7 @@ def create_files(server: Server, given: dict[str, Any]) -> dict[str, Any]:
                 "id": f"X{index}",
                 "name": spec["name"],
                 "displayName": spec["name"],
-                "uploadUrl": f"{server.url}/upload/{index}",
+                "uploadUrl": f"{server.url}/artifact/{spec['artifactID'][1:]}/{quote(spec['name'])}",
                 "uploadHeaders": [],
                 "storagePath": f"wandb_artifacts/{index}",
                 "uploadMultipartUrls": None,
@@ -179,7 +199,44 @@ def artifact_by_id(server: Server, given: dict[str, Any]) -> dict[str, Any]:
     return {"artifact": fragment}
 
 
-ARTIFACT_QUERIES = {
+def upsert_sweep(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """A new sweep."""
+    name = f"sweep{len(server.sweeps) + 1}"
+    server.sweeps[name] = Sweep(given["config"])
+    return {"upsertSweep": {"sweep": {"name": name, "project": OWNER}, "configValidationWarnings": []}}
+
+
+def sweep_with_runs(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """A sweep as the API shows it."""
+    sweep = server.sweeps[given["sweep"]]
+    shown = {"id": given["sweep"], "name": given["sweep"], "state": "RUNNING", "config": sweep.config}
+    return {"project": {"sweep": {**shown, "runs": {"edges": []}}}}
+
+
+def create_agent(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """An agent of a sweep, known by the sweep's name."""
+    return {"createAgent": {"agent": {"id": given["sweep"]}}}
+
+
+def heartbeat(server: Server, given: dict[str, Any]) -> dict[str, Any]:
+    """What an agent is to do: the next trial once its last one has ended, and to exit after the last of all."""
+    sweep, running = server.sweeps[given["id"]], json.loads(given["runState"])
+    sweep.states.append(running)
+    commands: list[dict[str, Any]] = []
+    if not running and sweep.trials:
+        run_id = next(iter(sweep.trials))
+        settings = {name: {"value": value} for name, value in sweep.trials.pop(run_id).items()}
+        commands = [{"id": run_id, "type": "run", "run_id": run_id, "program": "qlora-trainer", "args": settings}]
+    elif not running:
+        commands = [{"id": "end", "type": "exit"}]
+    return {"agentHeartbeat": {"agent": {"id": given["id"]}, "commands": json.dumps(commands)}}
+
+
+QUERIES = {
+    "UpsertSweep": upsert_sweep,
+    "SweepWithRuns": sweep_with_runs,
+    "CreateAgent": create_agent,
+    "Heartbeat": heartbeat,
     "ArtifactByID": artifact_by_id,
     "CreateArtifact": create_artifact,
     "CreateArtifactManifest": create_manifest,
@@ -235,6 +292,9 @@ class _Handler(BaseHTTPRequestHandler):
         manifest = re.fullmatch(r"/manifest/(\d+)", self.path)
         if manifest:
             self.server.told.versions[int(manifest[1])].manifest = json.loads(content)
+        file = re.fullmatch(r"/artifact/(\d+)/(.+)", self.path)
+        if file:
+            self.server.told.versions[int(file[1])].files[unquote(file[2])] = content
         self.answer({})
 
     do_GET = do_PUT

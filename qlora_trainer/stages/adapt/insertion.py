@@ -1,7 +1,5 @@
 """Which layers get an adapter, and a base with adapters in it."""
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +31,9 @@ def choose_layers(base: BaseCheckpoint, lora: Lora, *, trust_remote_code: bool =
     if lora.target_modules == "all-linear":
         adapted = tuple(linears)
     else:
-        _require_known(lora.target_modules, linears, base.folder)
+        unknown = lora.unknown_targets(name.rsplit(".", 1)[-1] for name in linears)
+        if unknown:
+            raise RecipeError("\n".join(f"lora.target_modules: {sentence}" for sentence in unknown))
         adapted = tuple(name for name in linears if name.rsplit(".", 1)[-1] in lora.target_modules)
     return LinearLayers(quantized=linears, adapted=adapted, ignored=(head,) if head else ())
 
@@ -85,15 +85,3 @@ def _lora_config(lora: Lora, layers: LinearLayers) -> LoraConfig:
     )
     config._register_custom_module(lean_layers())
     return config
-
-
-def _require_known(asked: tuple[str, ...], linears: Mapping[str, object], folder: Path) -> None:
-    known = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    problems = []
-    for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            problems.append(f"  lora.target_modules: {folder} has no linear layer {name!r}.{hint}")
-    if problems:
-        raise RecipeError("\n".join([*problems, f"  linear layers of this model: {', '.join(known)}"]))

@@ -194,12 +194,17 @@ class _Encoder:
                     writers[side].add(piece)
 
     def refuse_problems(self) -> None:
-        """Refuses rows that cannot be rendered, do not fit where they must, or cannot be scored."""
+        """Refuses rows that cannot be rendered, do not fit where they must, or cannot be scored, or all say nothing."""
         self._unrendered.refuse(RENDERING)
         if self._reads_references:
             places, references = zip(*self._references, strict=True)
             require_references(["slot_f1"], references, places=places)
         self._overlong.refuse(REFUSING)
+        if self._seen["empty"] and self._seen["empty"] == self._seen["rows"]:
+            raise DataError(
+                f"all {self._seen['rows']} rows have an empty completion, the first at {self._first['empty']}: the "
+                "model would learn to say nothing. Is data.completion_column the right one?"
+            )
 
     def notes(self) -> list[str]:
         """Sentences about the examples, each with its first place."""
@@ -251,6 +256,7 @@ class _Encoder:
         return [None if chat is None else next(made) for chat in chats]
 
     def _look_at(self, side: Side, example: Example) -> None:
+        self._seen["rows"] += 1
         is_empty = not example.completion.strip() and not example.messages[-1].get("tool_calls")
         self._count("empty", example, is_so=is_empty)
         self._count("control", example, is_so=self._control.search(example.content) is not None)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_trainer.errors import RecipeError
+from qlora_trainer.errors import RecipeError, reason_of
 from qlora_trainer.recipe import Data
 from qlora_trainer.records import BaseCheckpoint
 from qlora_trainer.runtime.atomic import writing_folder
@@ -25,8 +25,9 @@ def template_source(data: Data) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"data.chat_template: {path} cannot be read as a text in UTF-8 ({error}). Name a Jinja file; paths start "
-            "at the folder in which the command is given."
+            f"data.chat_template: {path} cannot be read as a text in UTF-8: {reason_of(error)}. Name a file of a Jinja "
+            "template; paths start at the folder in which the command is given. Without data.chat_template the base "
+            "model's own is used."
         ) from error
 
 

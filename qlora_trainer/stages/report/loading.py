@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_trainer.export_formats import lora_rank_of_vllm
 from qlora_trainer.records import ExportFigures
 
 SERVED_BY_VLLM = ("merged_16bit", "bitsandbytes_nf4", "compressed_tensors_", "gptq_")
 """Formats, or their beginnings, that vLLM documents to load from a folder as it stands."""
 
-LORA_RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What its ``--max-lora-rank`` takes."""
 UNTRIED = " (not started by this run)"
 
 
@@ -49,7 +48,7 @@ def snippets(
 def _adapter(path: str, quantized_base: str, served_rank: int, *, unpacks_base: bool) -> Iterator[Snippet]:
     """PEFT puts an adapter onto its base; vLLM serves both side by side, with room for the rank that it is told."""
     yield Snippet("PEFT", _peft(path, quantized_base, unpacks_base=unpacks_base))
-    rank = next((allowed for allowed in LORA_RANKS_OF_VLLM if allowed >= served_rank), 0)
+    rank = lora_rank_of_vllm(served_rank)
     if served_rank and rank:
         modules = shlex.quote(f"adapter={path}")
         command = (

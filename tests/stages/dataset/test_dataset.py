@@ -159,6 +159,13 @@ def test_everything_worth_knowing_is_noted(here: Path, base: Path) -> None:
     assert len(notes) == 4
 
 
+def test_rows_that_would_all_teach_silence_are_refused(here: Path, base: Path) -> None:
+    rows = [{"prompt": f"ask {number}", "completion": ""} for number in range(40)]
+    (here / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(DataError, match=r"all 40 rows have an empty completion, the first at train\.jsonl:1"):
+        loaded(base)
+
+
 def test_rows_may_be_cut_or_refused_instead_of_dropped(here: Path, base: Path) -> None:
     write_rows(here / "train.jsonl", 40)
     with (here / "train.jsonl").open("a") as file:
@@ -175,7 +182,7 @@ def test_problems_of_all_files_are_told_at_once(here: Path, base: Path) -> None:
     with pytest.raises(DataError) as caught:
         loaded(base, validation="validation.csv", test="test.jsonl")
     text = str(caught.value)
-    assert "data.train: train.jsonl: 1 problem\n  line 1: Expecting value" in text
+    assert "data.train: train.jsonl: 1 problem\n  line 1: is no JSON (Expecting value" in text
     assert "data.validation: validation.csv: the file holds no row" in text
     assert "data.test: test.jsonl: there is no such file" in text
 

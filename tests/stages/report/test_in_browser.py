@@ -67,6 +67,18 @@ def test_only_tables_and_charts_scroll_sideways(browser: Browser, page: Path, wi
     assert browser.value(f"{wide} each.getBoundingClientRect().right > {width}).map(each => each.outerHTML)") == []
 
 
+def test_on_a_wide_screen_every_table_is_seen_whole(browser: Browser, page: Path) -> None:
+    browser.open(page, width=1280)
+    hidden = "[...document.querySelectorAll('.scroll')].filter((each) => each.scrollWidth > each.clientWidth)"
+    assert browser.value(f"{hidden}.map((each) => each.ariaLabel).join()") == ""
+
+
+def test_a_long_name_is_broken_behind_an_underscore(browser: Browser, page: Path) -> None:
+    browser.open(page, width=1280)
+    names = "[...document.querySelectorAll('.answer h4')].map((each) => each.innerHTML)"
+    assert "compressed_<wbr>tensors_<wbr>" in str(browser.value(f"{names}.join()"))
+
+
 def test_light_and_dark_follow_the_system_and_the_button(browser: Browser, page: Path) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     browser.open(page)

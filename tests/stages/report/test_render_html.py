@@ -8,14 +8,16 @@ from typing import get_args
 import pytest
 
 from qlora_trainer.pages.blocks import Block
-from qlora_trainer.pages.render_html import FOLDER, render_html
+from qlora_trainer.pages.render_html import FOLDER, render_html, together
 from qlora_trainer.pages.svg import STEPS
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes
 from qlora_trainer.stages.report.inputs import Shown
 from qlora_trainer.stages.report.page import lay_out
 
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+WITHOUT_LINES = {"svg", "title", "code", "pre", "script", "style"}
+"""Elements whose text is no prose of the page's: it breaks no lines, or stands as it was given."""
+VOID = {"wbr", "meta", "br", "img", "link", "input", "hr"}
 EVIL = '"></script></style></title></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}'
 
 
@@ -26,6 +28,7 @@ class Outline(HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
+        self.prose: list[str] = []
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -41,6 +44,8 @@ class Outline(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+        if WITHOUT_LINES.isdisjoint(self.open):
+            self.prose.append(data)
 
 
 def outline(html: str) -> Outline:
@@ -61,6 +66,13 @@ def html(report: RunReport, measurements: Measurements, notes: Notes) -> str:
 
 def test_every_element_is_closed_in_order(html: str) -> None:
     assert outline(html).open == []
+
+
+def test_no_line_is_broken_between_a_number_and_its_unit(html: str) -> None:
+    prose = outline(html).prose
+    assert any("97.37\u00a0% (97.32 to 97.41\u00a0%)" in text for text in prose)
+    assert any("\u00a0MiB" in text for text in prose)
+    assert [text for text in prose if re.search(r"\d (?:%|[KMG]iB)", text)] == []
 
 
 def test_the_page_asks_nothing_of_the_network(html: str) -> None:
@@ -131,7 +143,7 @@ def test_no_text_from_outside_becomes_markup(report: RunReport, measurements: Me
 
 def test_sentence_status_and_figures_are_shown(html: str, report: RunReport) -> None:
     texts = outline(html).texts
-    assert report.sentence in texts
+    assert together(report.sentence) in texts
     assert {"below the bar", "98.9 %", "✓ verified", "✓ meets the bar", "▼ below the bar", "6.13 MiB"} <= set(texts)
     assert '<span class="status warn">below the bar</span>' in html
 

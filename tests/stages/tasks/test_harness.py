@@ -1,6 +1,5 @@
 """Tasks on a tiny model: the same figures as the harness's own class gives, on task files of this test."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,69 +21,15 @@ from qlora_trainer.runners import transformers as runner
 from qlora_trainer.stages.tasks import Library, TaskPlan, TaskSubject, open_library, run_task
 from qlora_trainer.stages.tasks.folders import with_found_data
 from qlora_trainer.stages.tasks.language_model import HarnessModel
+from tests.stages.tasks.own_tasks import CHOICE, TASKS, UNTIL, write_tasks
 
-CHOICE = """task: own_choice
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: items.jsonl
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{prompt}}"
-doc_to_target: answer
-doc_to_choice: choices
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-metadata: {version: 3}
-"""
-ROLLING = """task: own_rolling
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: items.jsonl
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{prompt}}"
-metric_list:
-  - metric: word_perplexity
-  - metric: bits_per_byte
-metadata: {version: 1}
-"""
-UNTIL = """task: own_until
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: items.jsonl
-test_split: test
-output_type: generate_until
-doc_to_text: "{{prompt}}"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["e"], do_sample: false, max_gen_toks: 12}
-metric_list:
-  - metric: exact_match
-metadata: {version: 1}
-"""
-TASKS = ("own_choice", "own_rolling", "own_until")
 PLAN = TaskPlan(limit=None, batch_size=3, window=64, is_chat=False)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("own tasks")
-    words = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "small", "model", "learns", "what", "said"]
-    items = [
-        {
-            "prompt": " ".join(words[: 3 + index % 7]) + f" {index}",
-            "choices": [words[index % 5], words[index % 5 + 3] + " tomorrow", "x"],
-            "answer": index % 3,
-        }
-        for index in range(11)
-    ]
-    (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    for name, text in zip(TASKS, (CHOICE, ROLLING, UNTIL), strict=True):
-        (place / f"{name}.yaml").write_text(text)
+    write_tasks(place)
     (place / "sampled.yaml").write_text(
         UNTIL.replace("own_until", "sampled").replace("do_sample: false", "do_sample: true, temperature: 0.7")
     )
@@ -109,8 +54,8 @@ def text(llama_folder: Path) -> TextTokenizer:
 
 
 @pytest.fixture(scope="module")
-def subject(llama_folder: Path) -> TaskSubject:
-    return TaskSubject("base_16bit", llama_folder, None, "abc")
+def subject() -> TaskSubject:
+    return TaskSubject("base_16bit", "transformers", "abc")
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,9 @@ import json
 import shlex
 from collections.abc import Iterator
 
+from qlora_trainer.export_formats import lora_rank_of_vllm
 from qlora_trainer.stages.report.card.subject import CardSubject
 
-LORA_RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for ``--max-lora-rank``; an adapter takes the next one up."""
 Snippet = tuple[str, str, str]
 """Title, language, text."""
 
@@ -45,7 +44,7 @@ def _transformers(place: str) -> str:
 
 def _adapter(subject: CardSubject) -> Iterator[Snippet]:
     yield _peft(subject)
-    rank = next((known for known in LORA_RANKS_OF_VLLM if known >= subject.recipe.lora.rank), None)
+    rank = lora_rank_of_vllm(subject.recipe.lora.rank)
     if rank is not None and not subject.recipe.lora.use_dora:
         name = subject.recipe.run.name
         served = ["vllm", "serve", base_name(subject), "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
