@@ -3,12 +3,12 @@
 ``preflight`` needs them before anything is loaded, ``stages.export`` builds files from them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
-from qlora_trainer.recipe import ExportFormat, Ladder, Recipe
+from qlora_trainer.recipe import ExportFormat, GroupSize, Ladder, Quantization, Recipe
 
 Kind = Literal["adapter", "16bit", "integer", "library"]
 """``integer``: integers on an affine grid that any rung can fill. ``library``: a quantizer that rounds by itself."""
@@ -114,10 +114,13 @@ def start_rung(name: ExportFormat, ladder: Ladder) -> int:
 def merge_bases(recipe: Recipe) -> tuple[MergeBase, ...]:
     """The bases that the recipe lets the delta go into, the one that training saw first.
 
-    LoftQ's factors repair the quantized base and never go into the original one.
+    LoftQ's factors repair the quantized base and never go into the original one. A base that is not quantized is the
+    original.
     """
     if recipe.merge.into != "measured":
         return (recipe.merge.into,)
+    if recipe.quantization.data_type == "none":
+        return ("original",)
     return ("dequantized",) if recipe.lora.init == "loftq" else ("dequantized", "original")
 
 
@@ -208,11 +211,31 @@ def unfit_in_words(name: ExportFormat, linears: Mapping[str, tuple[int, int]]) -
     ]
     near = sorted(fitting, key=lambda other: (abs(FACTS[other].bits - mine.bits), -(FACTS[other].block or 0)))
     offer = f"{near[0]} fits" if near else "no quantized format of this runtime fits; choose gguf_f16"
-    shown = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
     return (
-        f"export.formats: {name} needs {_multiples(mine)}; {shown} are not. {offer}; "
+        f"export.formats: {name} needs {_multiples(mine)}; {_in_brief(unfit)} are not. {offer}; "
         "export.allow_16bit_layers: true leaves such layers in 16 bit"
     )
+
+
+def unfit_base_in_words(settings: Quantization, linears: Mapping[str, tuple[int, int]]) -> str | None:
+    """Why a base cannot be stored as ``gptq_int4``, with what fits; None where it can, and for the other types.
+
+    Args:
+        settings: the recipe's section.
+        linears: shape ``(out_features, in_features)`` by layer.
+    """
+    size, inputs = settings.inputs_per_scale, {layer: columns for layer, (_, columns) in linears.items()}
+    unfit = [f"{layer} ({columns} inputs)" for layer, columns in inputs.items() if columns % size]
+    if settings.data_type != "gptq_int4" or not unfit:
+        return None
+    fitting = [other for other in get_args(GroupSize) if not any(columns % other for columns in inputs.values())]
+    mend = f"Set group_size: {max(fitting)}" if fitting else "No group size fits; set quantization.data_type: nf4"
+    needs = f"quantization.data_type: gptq_int4 needs inputs in multiples of its group_size, {size}"
+    return f"{needs}; {_in_brief(unfit)} are not. {mend}"
+
+
+def _in_brief(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _multiples(facts: FormatFacts) -> str:

@@ -29,7 +29,8 @@ class RunModels:
     """The models of a run.
 
     Attributes:
-        names: ``base``, ``quantized``, ``trained``, ``merged``, then the exports: those that are there.
+        names: ``base``, ``quantized`` (where it is another one), ``trained``, ``merged``, then the exports: those that
+            are there.
         recommended: the file that the report recommends; without a report the last stage that was reached.
     """
 
@@ -75,8 +76,8 @@ def stage_name(name: str) -> str:
     return next((stage for stage, short in SHORT.items() if short == name), f"{EXPORT_PREFIX}{name}")
 
 
-def models_of(folder: RunFolder) -> RunModels:
-    """The models that a run can be talked to with.
+def models_of(folder: RunFolder, recipe: Recipe) -> RunModels:
+    """The models that a run of the recipe can be talked to with.
 
     Raises:
         RunFolderError: nothing was trained there.
@@ -87,7 +88,8 @@ def models_of(folder: RunFolder) -> RunModels:
         )
     merged = ("merged",) if (folder.merged / "config.json").is_file() else ()
     exports = tuple(sorted(path.name for path in folder.exports.glob("[!.]*") if path.is_dir()))
-    names = ("base", "quantized", "trained", *merged, *exports)
+    quantized = () if recipe.quantization.data_type == "none" else ("quantized",)
+    names = ("base", *quantized, "trained", *merged, *exports)
     return RunModels(names, _recommended(folder, names) or (*merged, "trained")[0])
 
 
@@ -145,18 +147,26 @@ def _adapter_commands(recipe: Recipe, adapter: Path) -> Iterator[ServeCommand]:
             f"lora.rank: {recipe.lora.rank} is beyond vLLM's {LORA_RANKS_OF_VLLM[-1]}. Serve a merged file: --at merged"
         )
     lora = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{recipe.run.name}={adapter}"]
-    four_bits = ["--quantization", "bitsandbytes"] if recipe.quantization.data_type == "nf4" else []
-    command = _line("vllm", "serve", *_base(recipe), *lora, *four_bits, *_engine(recipe, "bfloat16"))
+    kind = recipe.quantization.data_type
+    four_bits = ["--quantization", "bitsandbytes"] if kind == "nf4" else []
+    base = [_trained_on(adapter)] if kind == "gptq_int4" else _base(recipe)
+    command = _line("vllm", "serve", *base, *lora, *four_bits, *_engine(recipe, "bfloat16"))
+    stored = "in 16 bit" if kind == "none" else f"in {kind}"
     yield ServeCommand(
         "vLLM",
         command,
         (
             f"ask for the model {recipe.run.name!r}; the base answers under its own name",
-            "the adapter was trained on the base in "
-            f"{recipe.quantization.data_type}; on another base it answers a little differently",
+            f"the adapter was trained on the base {stored}; on another base it answers a little differently",
             *_window_note(recipe),
         ),
     )
+
+
+def _trained_on(adapter: Path) -> str:
+    """The base that an adapter's file names."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return str(settings["base_model_name_or_path"])
 
 
 def _llama_server(recipe: Recipe, file: Path) -> ServeCommand:

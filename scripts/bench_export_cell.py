@@ -16,14 +16,14 @@ from qlora_trainer.numerics.bootstrap import Resampling
 from qlora_trainer.pipeline.adapted import AdaptedModel
 from qlora_trainer.pipeline.ground import prepare
 from qlora_trainer.pipeline.journey import Journey
-from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
+from qlora_trainer.recipe import Recipe
 from qlora_trainer.recipe_file import load
 from qlora_trainer.records import QuantizedModel, TrainedAdapter
 from qlora_trainer.runners import transformers as runner
 from qlora_trainer.runtime.device import seed_everything, set_threads
 from qlora_trainer.runtime.progress import Silent
 from qlora_trainer.runtime.run_folder import RunFolder
-from qlora_trainer.stages import adapt, evaluate, export, train
+from qlora_trainer.stages import adapt, evaluate, export, quantize, train
 from qlora_trainer.stages.evaluate import Teacher
 from qlora_trainer.stages.export import ExportInputs, HeldOut, Shelf, Way
 
@@ -45,7 +45,7 @@ class Cell:
         seed_everything(seed)
         self.ground = prepare(self.recipe, trust_remote_code=False)
         root = Path(self.recipe.run.folder) / name
-        self._open = RunFolder.open(root, self.recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS)
+        self._open = RunFolder.open(root, self.recipe.model_dump(mode="json"), shaping=self.recipe.shaping)
         self.journey = Journey(self.recipe, self.ground, self._open.__enter__(), Silent(), trust_remote_code=False)
         self.quantized = self.journey.quantize()
         adapted = AdaptedModel(self.recipe, self.ground, self.quantized, trust_remote_code=False)
@@ -121,8 +121,9 @@ class Cell:
         """The same training on the 16-bit base, as inputs whose trained function is that model."""
         journey, recipe = self.journey, self.recipe
         dense: QuantizedModel = replace(self.quantized, folder=self.ground.base.folder, initial_factors=None)
-        model = adapt.adapt(
-            dense, recipe.lora, layers=self.ground.layers, compute_dtype="float32", seed=recipe.run.seed
+        base = quantize.open_base(dense, recipe.quantization, layers=self.ground.layers)
+        model = adapt.insert(
+            base, recipe.lora, layers=self.ground.layers, compute_dtype="float32", seed=recipe.run.seed
         )
         training = replace(
             journey.training_inputs(f"dense {journey.training_key(self.quantized)}", self.quantized),

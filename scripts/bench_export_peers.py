@@ -40,7 +40,7 @@ from qlora_trainer.export_formats import unfit_in_words
 from qlora_trainer.pipeline.adapted import AdaptedModel
 from qlora_trainer.pipeline.ground import prepare
 from qlora_trainer.pipeline.journey import Journey
-from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
+from qlora_trainer.recipe import ExportFormat, Recipe
 from qlora_trainer.recipe_file import load
 from qlora_trainer.records import LinearLayers
 from qlora_trainer.runtime.device import seed_everything, set_threads
@@ -121,7 +121,7 @@ def trained_case(recipe: Recipe, folder: Path) -> Iterator[Case]:
     seed_everything(recipe.run.seed)
     ground = prepare(recipe, trust_remote_code=False)
     root = Path(recipe.run.folder) / recipe.run.name
-    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as run:
+    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=recipe.shaping) as run:
         journey = Journey(recipe, ground, run, Silent(), trust_remote_code=False)
         try:
             quantized = journey.quantize()

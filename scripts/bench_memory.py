@@ -18,22 +18,26 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as library_logging
 
 from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.numerics.footprint import Footprint, training_memory
+from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round_to_nearest
 from qlora_trainer.numerics.model_shape import ModelShape
 from qlora_trainer.preflight.prediction import model_shape, training_load
 from qlora_trainer.recipe import Recipe
-from qlora_trainer.records import Cut
+from qlora_trainer.records import Cut, LinearLayers
 from qlora_trainer.runtime.device import choose_device
 from qlora_trainer.runtime.environment import describe_environment
 from qlora_trainer.runtime.memory import release_freed, resident_bytes
@@ -41,8 +45,8 @@ from qlora_trainer.runtime.progress import Silent
 from qlora_trainer.runtime.tracking import Tracker
 from qlora_trainer.runtime.weight_files import copy_companions
 from qlora_trainer.stages import base_model, evaluate, train
-from qlora_trainer.stages.adapt import adapt, choose_layers
-from qlora_trainer.stages.quantize import quantize
+from qlora_trainer.stages.adapt import choose_layers, insert
+from qlora_trainer.stages.quantize import Calibrated, open_base, quantize
 from qlora_trainer.stages.train import TrainingInputs
 
 ROOT: Final = Path(__file__).parents[1]
@@ -92,6 +96,14 @@ CASES: Final[dict[str, Json]] = {
     },
     "int8": {"quantization": {"data_type": "int8"}},
     "int8, full": {"quantization": {"data_type": "int8"}, "training": {"checkpointing": "full"}},
+    "16-bit base": {"quantization": {"data_type": "none"}},
+    "16-bit base, full": {"quantization": {"data_type": "none"}, "training": {"checkpointing": "full"}},
+    "GPTQ int4 base": {"quantization": {"data_type": "gptq_int4"}},
+    "GPTQ int4 base, wide, full": {
+        "model": WIDE,
+        "quantization": {"data_type": "gptq_int4"},
+        "training": {"checkpointing": "full"},
+    },
     "float32": {"quantization": {"compute_dtype": "float32"}},
     "float32, selective": {"quantization": {"compute_dtype": "float32"}, "training": {"checkpointing": "selective"}},
     "fp4, constants not quantized": {"quantization": {"data_type": "fp4", "double_quant": False}},
@@ -158,7 +170,19 @@ def prepare(case: Json, folder: Path) -> None:
 def _quantized(recipe: Recipe) -> Any:
     base = base_model.resolve(recipe.base_model)
     layers = choose_layers(base, recipe.lora)
-    return quantize(base, recipe.quantization, lora=recipe.lora, layers=layers, content_key="random"), layers, base
+    # Integers to nearest: training holds as many bytes however they were chosen.
+    calibrated = Calibrated("nearest", partial(_nearest, layers))
+    settings = recipe.quantization
+    made = quantize(base, settings, lora=recipe.lora, layers=layers, content_key="random", calibrated=calibrated)
+    return made, layers, base
+
+
+def _nearest(
+    layers: LinearLayers, weights: Iterable[tuple[str, Tensor]], spec: GridSpec, _workplace: Path
+) -> Iterator[tuple[str, Tensor | IntegerWeight]]:
+    matrices = {f"{module}.weight" for module in layers.quantized}
+    for name, weight in weights:
+        yield name, round_to_nearest(weight, spec) if name in matrices else weight
 
 
 def measure(case: Json, folder: Path) -> Json:
@@ -170,7 +194,9 @@ def measure(case: Json, folder: Path) -> Json:
     device = choose_device().type
     predicted = predicted_for(case, recipe, shape, rows, device)
     before = resident_bytes()
-    model = adapt(quantized, recipe.lora, layers=layers, compute_dtype=recipe.quantization.compute_dtype, seed=0)
+    settings = recipe.quantization
+    opened = open_base(quantized, settings, layers=layers)
+    model = insert(opened, recipe.lora, layers=layers, compute_dtype=settings.compute_dtype, seed=0)
     release_freed()
     loaded = resident_bytes()
     trained = train.train(model, recipe, _inputs(recipe, rows, folder))

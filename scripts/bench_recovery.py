@@ -3,10 +3,10 @@
     python scripts/bench_recovery.py                    # the quickstart's model and task, three seeds
     python scripts/bench_recovery.py --steps 500
 
-Bases: 16 bit, int8, NF4, FP4 (the package's own), and GPTQ int4: integers of this package in groups of 64, held packed
-and dequantized at each use, with trainable LoRA on top. Gap before: nats per token above the untuned 16-bit base; gap
-after: above the 16-bit base that was tuned alike, seed by seed. Each base runs in a process of its own, so that its
-peak memory is its own. Finished bases are kept in ``runs/bench_recovery``. Writes
+Bases: every ``quantization.data_type`` of a recipe: 16 bit (``none``), int8, NF4, FP4, and GPTQ int4 in groups of 64.
+Gap before: nats per token above the untuned 16-bit base; gap after: above the 16-bit base that was tuned alike, seed by
+seed. Each base runs in a process of its own, so that its peak memory is its own. Finished bases are kept in
+``runs/bench_recovery``. Writes
 ``scripts/results/bench_recovery.json``.
 """
 
@@ -17,13 +17,11 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final
 
-import torch
 from torch import nn
 from tuned_bases import ROOT, Bases, Json, Losses, bases_of, changed, gap, score, write_result
 
-from qlora_trainer.numerics.integer_weight import GridSpec
 from qlora_trainer.recipe import DataType
 from qlora_trainer.records import LinearLayers
 from qlora_trainer.runtime.atomic import write_text
@@ -33,9 +31,13 @@ from qlora_trainer.stages.compare.quantizing import stored_bytes
 RECIPE: Final = "recipes/quickstart.yaml"
 WORK: Final = ROOT / "runs/bench_recovery"
 REFERENCE: Final = "16bit"
-GPTQ: Final = "gptq_int4"
-BASES: Final = (REFERENCE, "int8", "nf4", "fp4", GPTQ)
-SPEC: Final = GridSpec(4, 64, "none", torch.float16)
+BASES: Final[dict[str, DataType]] = {
+    REFERENCE: "none",
+    "int8": "int8",
+    "nf4": "nf4",
+    "fp4": "fp4",
+    "gptq_int4": "gptq_int4",
+}
 
 
 def main() -> None:
@@ -105,16 +107,11 @@ def measure(base: str, seed: int, *, steps: int, test_rows: int) -> None:
 
 def opened(bases: Bases, base: str) -> tuple[nn.Module, int]:
     """A base ready to be tuned, and the bytes of its stored weights, two for each that is not quantized."""
-    folder, layers = bases.ground.base.folder, bases.ground.layers
+    layers = bases.ground.layers
     plain = LinearLayers(quantized={}, adapted=layers.adapted, ignored=layers.ignored)
-    whole = stored_bytes(folder, plain, None)
-    if base == REFERENCE:
-        return bases.sixteen_bit(), whole
-    if base == GPTQ:
-        return bases.integers("gptq", SPEC), stored_bytes(folder, layers, SPEC)
-    data_type = next(each for each in get_args(DataType) if each == base)
-    model, made = bases.packed(data_type)
+    model, made = bases.stored(BASES[base])
     matrices = sum(rows * columns for rows, columns in layers.quantized.values())
+    whole = stored_bytes(bases.ground.base.folder, plain, None)
     return model, round(whole - 2 * matrices + matrices * made.bits_per_parameter / 8)
 
 

@@ -30,8 +30,8 @@ from qlora_trainer.runners.causal_lm import Checkpointing, LossPath, find_loss_p
 from qlora_trainer.runtime import bnb
 from qlora_trainer.runtime.device import World, choose_device, peak_allocated_bytes, reset_peak_allocated
 from qlora_trainer.runtime.memory import PeakMemory
-from qlora_trainer.stages.adapt import adapt, choose_layers, insertion
-from qlora_trainer.stages.quantize import quantize
+from qlora_trainer.stages.adapt import choose_layers, insertion
+from qlora_trainer.stages.quantize import open_base, quantize
 from qlora_trainer.stages.train.step import optimizer_step
 
 Json = dict[str, Any]
@@ -154,7 +154,9 @@ def adapted_model(folder: Path, job: Json, rung: Rung) -> nn.Module:
     lean_layers = insertion.lean_layers if rung.has_lean_adapters else dict
     make_lean = insertion.make_lean if rung.has_lean_modules else lambda model, dtype: 0
     with patch.object(insertion, "lean_layers", lean_layers), patch.object(insertion, "make_lean", make_lean):
-        model: nn.Module = adapt(quantized, lora, layers=layers, compute_dtype=settings.compute_dtype, seed=job["seed"])
+        opened = open_base(quantized, settings, layers=layers)
+        dtype = settings.compute_dtype
+        model: nn.Module = insertion.insert(opened, lora, layers=layers, compute_dtype=dtype, seed=job["seed"])
     return model.train()
 
 

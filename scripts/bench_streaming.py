@@ -148,6 +148,7 @@ class Place:
             base=self.base,
             quantized=next((self.folder / "quantized").iterdir()),
             weight_format=weight_format_of(Quantization()),
+            compute_dtype=torch.bfloat16,
             layers=self.layers(),
             factors=factors,
             scale=settings.scale,

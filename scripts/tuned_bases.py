@@ -21,7 +21,8 @@ from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round
 from qlora_trainer.pipeline.comparing import Comparing
 from qlora_trainer.pipeline.ground import prepare
 from qlora_trainer.pipeline.journey import Journey
-from qlora_trainer.recipe import SHAPING_SECTIONS, DataType, Recipe
+from qlora_trainer.pipeline.quantizing import quantized_base
+from qlora_trainer.recipe import DataType, Recipe
 from qlora_trainer.recipe_file import load
 from qlora_trainer.records import QuantizedModel, TrainedAdapter
 from qlora_trainer.runners import transformers as runner
@@ -78,17 +79,18 @@ class Bases:
         """The base as it is, computing in the recipe's type."""
         return runner.load(self.ground.base.folder, dtype=self._dtype)
 
-    def packed(self, data_type: DataType) -> tuple[nn.Module, QuantizedModel]:
-        """The base in one of bitsandbytes' types, made by the package's own stage."""
+    def stored(self, data_type: DataType) -> tuple[nn.Module, QuantizedModel]:
+        """The base as a recipe with this data type has it, ready to get adapters."""
         settings = self.recipe.quantization.model_copy(update={"data_type": data_type, "double_quant": None})
-        made = quantize.quantize(
+        made = quantized_base(
+            self.recipe.model_copy(update={"quantization": settings}),
             self.ground.base,
-            settings,
-            lora=self.recipe.lora,
             layers=self.ground.layers,
             content_key=self.ground.content_key,
+            rows=lambda: self.ground.rows,
+            trust_remote_code=False,
         )
-        return runner.load(made.folder, dtype=self._dtype), made
+        return quantize.open_base(made, settings, layers=self.ground.layers), made
 
     def integers(self, method: Method, spec: GridSpec) -> nn.Module:
         """The base with layers that hold integers and dequantize them at each use."""
@@ -120,7 +122,8 @@ class Bases:
     def _matrices(self, method: Method, spec: GridSpec) -> dict[str, IntegerWeight]:
         layers = self.ground.layers
         if method == "gptq":
-            return dict(self.comparing.rounded("gptq_int4", spec, layers).matrices())
+            workplace = self.comparing.workplace / "gptq_int4"
+            return dict(self.comparing.rounding.rounded("gptq_int4", spec, layers, workplace).matrices())
         named = ((name.removesuffix(".weight"), tensor) for name, tensor in read_tensors(self.ground.base.folder))
         return {module: round_to_nearest(tensor, spec) for module, tensor in named if module in layers.quantized}
 
@@ -151,7 +154,7 @@ def bases_of(recipe: Recipe) -> Iterator[Bases]:
     set_threads(recipe.run.threads)
     ground = prepare(recipe, trust_remote_code=False)
     root = Path(recipe.run.folder) / recipe.run.name
-    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder:
+    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=recipe.shaping) as folder:
         journey = Journey(recipe, ground, folder, Silent(), trust_remote_code=False)
         try:
             yield Bases(journey)

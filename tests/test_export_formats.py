@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer import export_formats
-from qlora_trainer.export_formats import FACTS, bar_of, lora_rank_of_vllm, merge_bases, unfit_in_words, unwritable
-from qlora_trainer.recipe import Ladder
+from qlora_trainer.export_formats import (
+    FACTS,
+    bar_of,
+    lora_rank_of_vllm,
+    merge_bases,
+    unfit_base_in_words,
+    unfit_in_words,
+    unwritable,
+)
+from qlora_trainer.recipe import Ladder, Quantization
 from tests.stages.workbench import recipe_for
 
 LAYERS = {"a.b": (8, 96), "a.c": (8, 64)}
@@ -45,6 +53,24 @@ def test_loftq_goes_into_no_base_that_needs_no_repair(tmp_path: Path) -> None:
     assert merge_bases(recipe_for(tmp_path, tmp_path)) == ("dequantized", "original")
     assert merge_bases(recipe_for(tmp_path, tmp_path, lora={"init": "loftq"})) == ("dequantized",)
     assert merge_bases(recipe_for(tmp_path, tmp_path, merge={"into": "original"})) == ("original",)
+
+
+def test_a_base_that_is_not_quantized_is_the_one_base_to_merge_into(tmp_path: Path) -> None:
+    assert merge_bases(recipe_for(tmp_path, tmp_path, quantization={"data_type": "none"})) == ("original",)
+    gptq = recipe_for(tmp_path, tmp_path, quantization={"data_type": "gptq_int4"})
+    assert merge_bases(gptq) == ("dequantized", "original")
+
+
+def test_a_base_whose_groups_do_not_fit_is_told_with_the_largest_that_do() -> None:
+    settings = Quantization(data_type="gptq_int4")
+    assert unfit_base_in_words(settings, {"a": (8, 128)}) is None
+    problem = unfit_base_in_words(settings, {"a": (8, 128), "b": (8, 96)})
+    assert problem is not None
+    assert "its group_size, 64; b (96 inputs) are not. Set group_size: 32" in problem
+    hopeless = unfit_base_in_words(settings, {"a": (8, 172)})
+    assert hopeless is not None
+    assert hopeless.endswith("No group size fits; set quantization.data_type: nf4")
+    assert unfit_base_in_words(Quantization(), {"a": (8, 172)}) is None
 
 
 def test_magnitudes_have_no_place_in_a_gguf_adapter(tmp_path: Path) -> None:

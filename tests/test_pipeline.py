@@ -387,6 +387,9 @@ def test_rows_without_a_trainable_token_are_fatal(llama_folder: Path, tmp_path: 
         ("nf4", {"init": "loftq"}, "dequantized"),
         ("nf4", {"init": "pissa"}, "original"),
         ("nf4", {"use_dora": True, "target_modules": ("q_proj", "down_proj")}, "dequantized"),
+        ("none", {"init": "pissa"}, "measured"),
+        ("none", {"use_dora": True}, "original"),
+        ("gptq_int4", {"use_dora": True, "target_modules": ("q_proj", "down_proj")}, "original"),
     ],
 )
 def test_every_kind_of_base_and_adapter_goes_the_whole_way(
@@ -406,7 +409,7 @@ def test_every_kind_of_base_and_adapter_goes_the_whole_way(
     assert all(export.verified for export in report.exports), [export.verification for export in report.exports]
     config = json.loads((tmp_path / "runs/tiny/exports/peft_adapter/adapter_config.json").read_text())
     base = Path(config["base_model_name_or_path"])
-    if lora.get("init") == "pissa":
+    if lora.get("init") == "pissa" or data_type == "gptq_int4":
         assert base.parent == tmp_path / "quantized"
     else:
         assert base == llama_folder

@@ -8,13 +8,14 @@ from typing import get_args
 import huggingface_hub
 import pytest
 
-from qlora_trainer import export_formats
+from qlora_trainer import export_formats, pipeline
 from qlora_trainer.numerics.footprint import Footprint
 from qlora_trainer.preflight import Preflight, check, checking, exports, predict_peak_bytes, room
 from qlora_trainer.preflight.prediction import model_shape
 from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
 from qlora_trainer.records import Cut
 from qlora_trainer.runtime.run_folder import RunFolder
+from qlora_trainer.runtime.weight_headers import read_headers
 from qlora_trainer.stages import base_model, dataset
 
 GIB = 2**30
@@ -155,6 +156,77 @@ def test_rounding_holds_one_block_and_the_hidden_states_of_all_rows(
     assert many[hidden] == 2 * few[hidden]
     assert many["activations"] == few["activations"]
     assert items(8, batch=8)["activations"] == 2 * few["activations"]
+
+
+def test_a_base_that_is_not_quantized_is_planned_as_it_is(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    asked = recipe(llama_folder, quantization={"data_type": "none"}, export={"formats": ["peft_adapter"]})
+    found = check(asked)
+    assert found.problems == found.notes == ()
+    assert planned(found, "quantize") == "nothing is quantized: the base is held in bfloat16"
+    assert "evaluate quantized_base" not in [stage.name for stage in found.plan]
+    assert planned(found, "merge") == "into the original base, saved as bfloat16"
+    shape = model_shape(base_model.resolve(asked.base_model))
+    training = found.memory[0].needed.items
+    assert training["base weights"] == 2 * shape.linear_parameters
+    assert training["dequantized weights"] == 0
+    assert found.disk is not None
+    assert "quantized base" not in found.disk.needed.items
+    less = check(recipe(llama_folder, quantization={"data_type": "none"}, lora={"init": "pissa"}))
+    assert less.disk is not None
+    # In bfloat16, as the base is.
+    assert less.disk.needed.items["quantized base"] == 2 * shape.parameters
+
+
+def test_a_gptq_base_is_planned_with_its_rows_and_the_memory_of_rounding(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    asked = recipe(llama_folder, quantization={"data_type": "gptq_int4"}, export={"formats": ["peft_adapter"]})
+    found = check(asked)
+    assert found.problems == found.notes == ()
+    text = "gptq_int4 in groups of 64 on 16 training rows, kept in runs/quantized_bases"
+    assert planned(found, "quantize") == text
+    assert [budget.purpose for budget in found.memory] == ["training", "evaluation", "rounding"]
+    assert found.disk is not None
+    shape = model_shape(base_model.resolve(asked.base_model))
+    assert found.disk.needed.items["rounded integers"] == shape.linear_parameters
+    rest = 2 * (shape.parameters - shape.linear_parameters)
+    stored = found.disk.needed.items["quantized base"]
+    assert stored == shape.linear_parameters // 2 + shape.linear_parameters // 32 + rest
+
+
+def test_the_predicted_size_of_a_gptq_base_is_that_of_its_file(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    asked = recipe(llama_folder, quantization={"data_type": "gptq_int4"})
+    found = check(asked)
+    assert found.disk is not None
+    pipeline.run(asked, until="quantize")
+    (folder,) = (here / "runs/quantized_bases").iterdir()
+    headers = read_headers(folder)
+    # Each layer's shape is written beside it, two int64 values, and that is not predicted.
+    written = sum(header.bytes for name, header in headers.items() if not name.endswith("weight_shape"))
+    assert found.disk.needed.items["quantized base"] == written
+
+
+def test_a_gptq_base_that_cannot_be_made_is_a_problem(
+    here: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room(monkeypatch)
+    quantization = {"data_type": "gptq_int4", "group_size": 128}
+    asked = recipe(
+        llama_folder, quantization=quantization, calibration={"rows": 31}, export={"formats": ["peft_adapter"]}
+    )
+    groups, rows = check(asked).problems
+    assert groups == (
+        "quantization.data_type: gptq_int4 needs inputs in multiples of its group_size, 128; q_proj (64 inputs), "
+        "k_proj (64 inputs), v_proj (64 inputs) and 3 more are not. Set group_size: 64"
+    )
+    assert rows.startswith("calibration.rows: 31 are asked for by quantization.data_type: gptq_int4, and there are 30")
 
 
 def test_rungs_are_those_that_a_format_and_an_adapter_have() -> None:

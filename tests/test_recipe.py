@@ -76,6 +76,14 @@ def test_a_wrong_value_is_refused_and_not_converted(section: str, settings: dict
         ("base_model", {"path": None}, "exactly one of 'path'"),
         ("base_model", {"revision": "main"}, "'revision' belongs to 'name'"),
         ("quantization", {"data_type": "int8", "double_quant": True}, "no meaning for int8"),
+        ("quantization", {"data_type": "gptq_int4", "double_quant": True}, r"no meaning for gptq_int4 \(one bfloat16"),
+        ("quantization", {"data_type": "none", "double_quant": True}, r"no meaning for none \(nothing is quantized\)"),
+        (
+            "quantization",
+            {"data_type": "nf4", "group_size": 32},
+            "group_size: 32 has no meaning for nf4; remove it, or",
+        ),
+        ("quantization", {"data_type": "none", "group_size": 64}, "group_size: 64 has no meaning for none"),
         ("lora", {"use_dora": True, "init": "pissa"}, "use_dora needs init: default"),
         ("data", {"render": "text", "format": "messages"}, "render: text reads prompt and completion"),
         ("data", {"render": "text", "text_template": "Q: "}, r"must hold \{prompt\}"),
@@ -99,6 +107,8 @@ def test_settings_that_contradict_each_other_are_refused(
     [
         ("merge", {"into": "original"}, "merge.into: dequantized"),
         ("quantization", {"data_type": "int8"}, "loftq repairs 4-bit bases"),
+        ("quantization", {"data_type": "gptq_int4"}, "loftq repairs 4-bit bases of nf4 or fp4, not of .*: gptq_int4"),
+        ("quantization", {"data_type": "none"}, "loftq repairs 4-bit bases"),
     ],
 )
 def test_loftq_is_refused_where_it_would_repair_the_wrong_base(
@@ -110,10 +120,51 @@ def test_loftq_is_refused_where_it_would_repair_the_wrong_base(
 
 @pytest.mark.parametrize(
     ("settings", "doubly"),
-    [({}, True), ({"double_quant": False}, False), ({"data_type": "int8"}, False), ({"data_type": "fp4"}, True)],
+    [
+        ({}, True),
+        ({"double_quant": False}, False),
+        ({"data_type": "int8"}, False),
+        ({"data_type": "fp4"}, True),
+        ({"data_type": "gptq_int4"}, False),
+        ({"data_type": "none"}, False),
+    ],
 )
-def test_four_bit_bases_are_doubly_quantized_unless_told_otherwise(settings: dict[str, object], doubly: bool) -> None:
+def test_bases_with_absmax_constants_are_doubly_quantized_unless_told_otherwise(
+    settings: dict[str, object], doubly: bool
+) -> None:
     assert Quantization.model_validate(settings).doubly_quantized is doubly
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"quantization": {"data_type": "gptq_int4"}, "lora": {"init": "pissa"}},
+            "pissa takes the principal part .* use nf4, fp4, int8 or none, or set lora.init: default",
+        ),
+        (
+            {"quantization": {"data_type": "none"}, "merge": {"into": "dequantized"}},
+            "data_type: none quantizes nothing; set merge.into: original, or remove it",
+        ),
+    ],
+)
+def test_sections_that_a_base_does_not_go_with_are_refused(sections: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate({**SMALLEST, **sections})
+
+
+def test_groups_are_64_wide_unless_told_otherwise() -> None:
+    assert Quantization(data_type="gptq_int4").inputs_per_scale == 64
+    assert Quantization(data_type="gptq_int4", group_size=128).inputs_per_scale == 128
+
+
+def test_calibration_shapes_a_run_whose_base_is_made_on_rows() -> None:
+    calibrated = Recipe.model_validate({**SMALLEST, "quantization": {"data_type": "gptq_int4"}})
+    assert set(calibrated.shaping) - set(Recipe.model_validate(SMALLEST).shaping) == {
+        "calibration",
+        "rounding.damping",
+        "rounding.activation_order",
+    }
 
 
 def test_the_scale_is_alpha_over_rank_and_over_its_root_for_rslora() -> None:

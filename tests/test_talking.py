@@ -53,7 +53,7 @@ def said_by(recipe: Recipe, at: str | None = None) -> str:
 
 def test_every_model_of_a_run_speaks(finished: tuple[Recipe, RunFolder]) -> None:
     recipe, folder = finished
-    names = models_of(folder).names
+    names = models_of(folder, recipe).names
     assert names == ("base", "quantized", "trained", "merged", "compressed_tensors_w8a16", "peft_adapter")
     answers = {name: said_by(recipe, name) for name in names}
     assert answers["peft_adapter"] == answers["trained"]
@@ -77,8 +77,8 @@ def test_a_streamed_answer_is_the_one_that_the_evaluation_has_measured(finished:
 def test_without_a_name_the_recommended_file_speaks(finished: tuple[Recipe, RunFolder]) -> None:
     recipe, folder = finished
     choice = json.loads(folder.report_json.read_text(encoding="utf-8"))["choice"]["format"]
-    assert models_of(folder).named(None) == {"merged_16bit": "merged"}.get(choice, choice)
-    assert pipeline.talk(recipe).name == models_of(folder).recommended
+    assert models_of(folder, recipe).named(None) == {"merged_16bit": "merged"}.get(choice, choice)
+    assert pipeline.talk(recipe).name == models_of(folder, recipe).recommended
 
 
 def test_a_model_that_is_not_there_is_told_with_those_that_are(finished: tuple[Recipe, RunFolder]) -> None:

@@ -130,7 +130,7 @@ def _serve(run: RunPath, *, at: At = None) -> None:
         console = make_console()
         recipe = recipe_of(run)
         folder = RunFolder(Path(recipe.run.folder) / recipe.run.name)
-        models = models_of(folder)
+        models = models_of(folder, recipe)
         name = models.named(at)
         write(
             console,

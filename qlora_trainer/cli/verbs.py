@@ -57,7 +57,8 @@ VERBS = (
         until="quantize",
         does="Quantize the base model and keep it.",
         text="Reads the 16-bit base model. Writes the quantized base into quantization.cache_folder, where every run "
-        "with the same base and settings finds it, and tells the stored bits per parameter.",
+        "with the same base and settings finds it, and tells the stored bits per parameter. gptq_int4 reads training "
+        "rows too, and a data_type of none leaves the base as it is.",
         following="train",
     ),
     Verb(

@@ -21,7 +21,7 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
-from qlora_trainer.numerics.affine import Granularity, Grid, dequantize
+from qlora_trainer.numerics.affine import Granularity, Grid
 from qlora_trainer.numerics.integer_weight import GridSpec, IntegerWeight, round_to_nearest
 
 GROUP_SIZES = (32, 64, 128)
@@ -119,14 +119,17 @@ class CompressedTensors:
 
         With 8-bit activations the runtime rounds inputs too; see ``runners.transformers.with_dynamic_activations``.
         """
+        return self.unpack(tensors).dequantized()
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> IntegerWeight:
+        """The integers and their grid: the inverse of ``pack``."""
         scale = tensors["weight_scale"].float()
         if self.activation_bits == 8:
             codes = tensors["weight"]
         else:
             shape = torch.Size(tensors["weight_shape"].tolist())
             codes = unpack_from_int32(tensors["weight_packed"], self.bits, shape)
-        grid = Grid(scale=scale, zero_point=torch.zeros_like(scale, dtype=torch.int32), bits=self.bits)
-        return dequantize(codes, grid)
+        return IntegerWeight(codes, Grid(scale, torch.zeros_like(scale, dtype=torch.int32), self.bits))
 
     def config(self, ignored: Sequence[str]) -> dict[str, object]:
         """The ``quantization_config`` of config.json: every linear layer but the ignored ones."""

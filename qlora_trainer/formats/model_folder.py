@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from qlora_trainer.formats.weight_format import IntegerFormat, WeightFormat
+from qlora_trainer.formats.weight_format import IntegerFormat, UnpackedFormat, WeightFormat
 from qlora_trainer.numerics.integer_weight import IntegerWeight
 from qlora_trainer.runtime.atomic import write_text
 from qlora_trainer.runtime.weight_files import copy_companions, read_tensor, tensor_files, write_shards
@@ -90,6 +90,24 @@ def read_model(
 
     Yields ``(checkpoint name, tensor)``; one module's tensors are in memory at a time.
     """
+    for name, stored in _stored(folder, linear_modules, wanted):
+        module = name.removesuffix(".weight")
+        yield name, stored if isinstance(stored, Tensor) else weight_format.of(module).decode(stored)
+
+
+def read_integers(
+    folder: Path, weight_format: UnpackedFormat, *, linear_modules: Collection[str]
+) -> Iterator[tuple[str, Stored]]:
+    """As ``read_model``, the matrices as the integers and grids that ``write_model`` was given."""
+    for name, stored in _stored(folder, linear_modules, lambda _name: True):
+        module = name.removesuffix(".weight")
+        yield name, stored if isinstance(stored, Tensor) else weight_format.of(module).unpack(stored)
+
+
+def _stored(
+    folder: Path, linear_modules: Collection[str], wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]]:
+    """Every wanted tensor by checkpoint name; of a matrix, the tensors that stand for it by suffix."""
     targets = set(linear_modules)
     parts: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(read_headers(folder)):
@@ -107,7 +125,7 @@ def read_model(
         if bias is not None:
             yield f"{owner}.bias", bias
         by_suffix = {name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items()}
-        yield f"{owner}.weight", weight_format.of(owner).decode(by_suffix)
+        yield f"{owner}.weight", by_suffix
 
 
 def _encode(module: str, weight: Stored, weight_format: WeightFormat) -> dict[str, Tensor]:

@@ -74,3 +74,13 @@ class IntegerFormat(WeightFormat, Protocol):
 
     def of(self, module: str) -> "IntegerFormat":
         """As in ``WeightFormat``."""
+
+
+class UnpackedFormat(IntegerFormat, Protocol):
+    """A format of integers that also gives them back, for a model that computes with them."""
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> IntegerWeight:
+        """The integers and their grid that ``pack`` was given; arguments as for ``decode``."""
+
+    def of(self, module: str) -> "UnpackedFormat":
+        """As in ``WeightFormat``."""

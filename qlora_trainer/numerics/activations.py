@@ -89,7 +89,10 @@ def of_chunk(shape: ModelShape, label_tokens: int, compute_bytes: int) -> int:
 def of_dequantization(shape: ModelShape, load: TrainingLoad) -> int:
     """Bytes of the largest linear layer dequantized; it is let go after each product (QLoRA, section 3)."""
     largest = max(rows * columns for rows, columns in shape.linears.values())
-    workspace = load.compute_bytes * largest
+    workspace = 0 if load.data_type == "none" else load.compute_bytes * largest
+    if load.data_type == "gptq_int4":
+        # Two codes to a byte, and the half of a byte that is being taken out.
+        workspace += largest // 2
     if load.use_dora:
         # The norm of W + s B A: both in float32, and B A as A B applied to an identity matrix (peft).
         sizes = load.adapted(shape).values()

@@ -8,11 +8,14 @@ from qlora_trainer.numerics.stored_bytes import (
     BLOCK_SIZE,
     OUTER_BLOCK_SIZE,
     adapter_tensor_sizes,
+    base_weight_bytes,
     optimizer_state_bytes,
     quantization_constant_bytes,
-    quantized_weight_bytes,
 )
 from qlora_trainer.numerics.training_load import TrainingLoad
+
+QUANTIZED_BASE = "quantized base"
+"""Name of the frozen base's item; a base that is not quantized may be the file that is there already."""
 
 EXPORT_BITS: Mapping[str, float] = {
     "merged_16bit": 16.0,
@@ -58,10 +61,10 @@ def disk(
     sizes = adapter_tensor_sizes(shape, load)
     adapter = 4 * sum(sizes)
     state = optimizer_state_bytes(sizes, has_8bit_state=load.has_8bit_optimizer)
-    constants = quantization_constant_bytes(shape, load.data_type, double_quant=load.double_quant)
+    stored = base_weight_bytes(shape, load) + quantization_constant_bytes(shape, load)
     rest = load.compute_bytes * (shape.parameters - shape.linear_parameters)
     items = {
-        "quantized base": quantized_weight_bytes(shape, load.data_type) + constants + rest,
+        QUANTIZED_BASE: stored + rest,
         "checkpoints": (keep_checkpoints + 1) * (adapter + state),
         "adapter": adapter,
         "merged model": merged_bytes * shape.parameters,

@@ -18,9 +18,9 @@ from qlora_trainer.numerics.device_overhead import (
 from qlora_trainer.numerics.model_shape import ModelShape
 from qlora_trainer.numerics.stored_bytes import (
     adapter_tensor_sizes,
+    base_weight_bytes,
     optimizer_state_bytes,
     quantization_constant_bytes,
-    quantized_weight_bytes,
 )
 from qlora_trainer.numerics.training_load import TrainingLoad
 
@@ -74,10 +74,8 @@ def training_memory(shape: ModelShape, load: TrainingLoad) -> Footprint:
     return Footprint(
         {
             **fixed_overhead(load.device),
-            "quantized weights": quantized_weight_bytes(shape, load.data_type),
-            "quantization constants": quantization_constant_bytes(
-                shape, load.data_type, double_quant=load.double_quant
-            ),
+            "base weights" if load.data_type == "none" else "quantized weights": base_weight_bytes(shape, load),
+            "quantization constants": quantization_constant_bytes(shape, load),
             "embeddings, norms, head": load.compute_bytes * (shape.parameters - shape.linear_parameters),
             "adapters (float32)": 4 * sum(sizes),
             PAGED if is_paged else "optimizer state": optimizer_state_bytes(

@@ -13,20 +13,27 @@ SMALLEST_8BIT_TENSOR = 4096
 """bitsandbytes keeps float32 optimizer state for tensors with fewer values."""
 
 
-def quantized_weight_bytes(shape: ModelShape, data_type: str) -> int:
-    """Bytes of the codes of all quantized weights."""
-    return shape.linear_parameters if data_type == "int8" else shape.linear_parameters // 2
+def base_weight_bytes(shape: ModelShape, load: TrainingLoad) -> int:
+    """Bytes of the frozen linear layers' codes; of their weights where they are not quantized."""
+    if load.data_type == "none":
+        return load.compute_bytes * shape.linear_parameters
+    return shape.linear_parameters if load.data_type == "int8" else shape.linear_parameters // 2
 
 
-def quantization_constant_bytes(shape: ModelShape, data_type: str, *, double_quant: bool) -> int:
+def quantization_constant_bytes(shape: ModelShape, load: TrainingLoad) -> int:
     """Bytes of what turns codes back into weights.
 
-    0.5 bit per weight for NF4 and FP4, 0.127 doubly quantized (QLoRA, section 3); one float32 per row for int8.
+    0.5 bit per weight for NF4 and FP4, 0.127 doubly quantized (QLoRA, section 3); one float32 per row for int8, one
+    bfloat16 per group for GPTQ's integers.
     """
-    if data_type == "int8":
+    if load.data_type == "none":
+        return 0
+    if load.data_type == "int8":
         return 4 * shape.layers * sum(out_features for out_features, _ in shape.linears.values())
+    if load.data_type == "gptq_int4":
+        return 2 * shape.linear_parameters // load.group_size
     blocks = shape.linear_parameters // BLOCK_SIZE
-    return blocks + 4 * blocks // OUTER_BLOCK_SIZE if double_quant else 4 * blocks
+    return blocks + 4 * blocks // OUTER_BLOCK_SIZE if load.double_quant else 4 * blocks
 
 
 def adapter_tensor_sizes(shape: ModelShape, load: TrainingLoad) -> list[int]:

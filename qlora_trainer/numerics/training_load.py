@@ -5,6 +5,8 @@ from typing import Literal
 
 from qlora_trainer.numerics.model_shape import ModelShape
 
+BaseType = Literal["nf4", "fp4", "int8", "gptq_int4", "none"]
+"""How a frozen base is stored; ``none``: in the compute type. ``gptq_int4``: integers in groups, bfloat16 scales."""
 Checkpointing = Literal["none", "selective", "full"]
 """``none``: nothing is computed again. ``selective``: every second decoder layer. ``full``: every decoder layer."""
 
@@ -18,7 +20,8 @@ class TrainingLoad:
 
     Attributes:
         data_type: of the frozen base.
-        double_quant: whether its absmax constants are quantized too.
+        double_quant: ``nf4``, ``fp4``: whether the absmax constants are quantized too.
+        group_size: ``gptq_int4``: inputs that share a scale.
         compute_bytes: bytes of an activation: 2 or 4.
         rank: of the adapters.
         target_modules: names of the adapted linear layers; None = all.
@@ -34,8 +37,9 @@ class TrainingLoad:
         device: where it runs.
     """
 
-    data_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    data_type: BaseType = "nf4"
     double_quant: bool = True
+    group_size: int = 64
     compute_bytes: int = 2
     rank: int = 16
     target_modules: tuple[str, ...] | None = None

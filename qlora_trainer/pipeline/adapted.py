@@ -1,4 +1,4 @@
-"""The quantized base with adapters, loaded once and only if some stage needs it."""
+"""The frozen base with adapters, loaded once and only if some stage needs it."""
 
 import gc
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import nn
 from qlora_trainer.pipeline.ground import Ground
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import QuantizedModel
-from qlora_trainer.stages import adapt
+from qlora_trainer.stages import adapt, quantize
 
 
 class AdaptedModel:
@@ -24,13 +24,15 @@ class AdaptedModel:
         """The model as training starts from it."""
         if self._model is None or self._holds is not None:
             self.forget()
-            self._model = adapt.adapt(
-                self.quantized,
+            settings, layers = self.recipe.quantization, self.ground.layers
+            base = quantize.open_base(self.quantized, settings, layers=layers, trust_remote_code=self.trust_remote_code)
+            self._model = adapt.insert(
+                base,
                 self.recipe.lora,
-                layers=self.ground.layers,
-                compute_dtype=self.recipe.quantization.compute_dtype,
+                layers=layers,
+                compute_dtype=settings.compute_dtype,
                 seed=self.recipe.run.seed,
-                trust_remote_code=self.trust_remote_code,
+                initial=self.quantized.initial_factors,
             )
         return self._model
 

@@ -9,24 +9,24 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from qlora_trainer.errors import BaseModelError, Interrupted, RunFolderError, TrainerError
 from qlora_trainer.pipeline.journey import Journey, setting_out
 from qlora_trainer.pipeline.measuring import in_words
+from qlora_trainer.pipeline.rounding import BlockwiseMethod, ModelRounding
 from qlora_trainer.recipe import CompareMethod, Recipe
 from qlora_trainer.records import Comparison, ComparisonRow, Evaluation, Fidelity, LayerOutliers, LinearLayers
 from qlora_trainer.runtime.device import choose_device
 from qlora_trainer.runtime.progress import Observer
 from qlora_trainer.runtime.run_folder import fingerprint
-from qlora_trainer.runtime.weight_files import read_tensors
 from qlora_trainer.stages import compare as stage
 from qlora_trainer.stages import export
 from qlora_trainer.stages.evaluate import Subject, Teacher
-from qlora_trainer.stages.export import ExportInputs
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,9 @@ class Comparing:
         self.bench_key = journey.ground.bench_key
         self.folder, self.model_key = self._sixteen_bit()
         self.workplace = journey.folder.root / ".compare"
+        self.rounding = ModelRounding(
+            self.recipe, journey.ground.rows, self.folder, trust_remote_code=journey.trust_remote_code
+        )
 
     def whole(self) -> Comparison:
         """All rows, the recommendation, and the files."""
@@ -120,7 +123,7 @@ class Comparing:
             layers=self.journey.ground.layers,
             settings=self.recipe.compare,
             compute_dtype=self.recipe.quantization.compute_dtype,
-            calibration=lambda: export.calibration_batches(self._data(), self.recipe.calibration, choose_device()),
+            calibration=self._calibration,
             round_blockwise=self._round_blockwise,
             workplace=self.workplace,
             beginnings=self._beginnings(),
@@ -236,65 +239,13 @@ class Comparing:
         learning = (settings.qat_rows, settings.qat_tokens, settings.qat_steps, settings.qat_learning_rate)
         return (*learning, lora.rank, lora.scale)
 
+    def _calibration(self) -> list[export.CalibrationBatch]:
+        return export.calibration_batches(self.rounding.data, self.recipe.calibration, choose_device())
+
     def _round_blockwise(
         self, method: CompareMethod, spec: export.GridSpec, layers: LinearLayers
     ) -> Iterator[tuple[str, Tensor]]:
         """The export ladder's rounding, toward the 16-bit model itself: there is no delta."""
-        rounded = self.rounded(method, spec, layers)
-        yield from rounded.dequantized_in(self._weights(layers))
-
-    def rounded(self, method: CompareMethod, spec: export.GridSpec, layers: LinearLayers) -> export.RoundedModel:
-        """The integers that a blockwise method chooses for the 16-bit model, on grids of any bits; made once a grid."""
-        rounding = self.recipe.rounding.model_copy(update={"method": "awq" if method == "awq_int4" else "gptq"})
-        inputs = replace(self._export_inputs(layers), rounding=rounding)
-        shelf = export.Shelf(self.workplace / method, inputs)
-        kind: export.Kind = "learned" if method == "autoround_int4" else "layerwise"
-        return shelf.kept(export.Way(1, "dequantized"), spec, kind)
-
-    def _weights(self, layers: LinearLayers) -> Iterator[tuple[str, Tensor]]:
-        matrices = {f"{module}.weight" for module in layers.quantized}
-        for name, tensor in read_tensors(self.folder, check_finite=True):
-            yield name, tensor.float() if name in matrices else tensor
-
-    def _data(self) -> export.TaskData:
-        rows, training = self.journey.ground.rows, self.recipe.training
-        return export.TaskData(
-            rows=rows.train,
-            pad_id=rows.pad_id,
-            stop_ids=rows.stop_ids,
-            tokenizer=rows.tokenizer,
-            seed=self.recipe.run.seed,
-            learning_rate=training.learning_rate,
-            steps=0,
-            batch_size=training.batch_size,
-        )
-
-    def _export_inputs(self, layers: LinearLayers) -> ExportInputs:
-        recipe = self.recipe
-
-        def weights(
-            into: export.MergeBase,  # there is one base
-            *,
-            wanted: export.Wanted | None = None,
-            on_merged: export.OnMerged | None = None,  # nothing is merged
-        ) -> Iterator[tuple[str, Tensor]]:
-            return ((name, each) for name, each in self._weights(layers) if wanted is None or wanted(name))
-
-        return ExportInputs(
-            base=self.folder,
-            adapter_base=self.folder,
-            adapter=self.folder,
-            merged=self.folder,
-            merged_into="dequantized",
-            weights=weights,
-            base_weights=lambda _into: self._weights(layers),
-            factors=export.AdapterFactors({}, {}, scale=1.0, has_magnitudes=False),
-            layers=layers,
-            data=self._data(),
-            calibration=recipe.calibration,
-            rounding=recipe.rounding,
-            compute_dtype=recipe.quantization.compute_dtype,
-            data_type=recipe.merge.data_type,
-            window=recipe.data.window,
-            trust_remote_code=self.journey.trust_remote_code,
-        )
+        workplace = self.workplace / method
+        rounded = self.rounding.rounded(cast("BlockwiseMethod", method), spec, layers, workplace)
+        yield from rounded.dequantized_in(self.rounding.weights(layers))

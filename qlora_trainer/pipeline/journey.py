@@ -13,10 +13,11 @@ from qlora_trainer.pipeline.fitting import fitting_of
 from qlora_trainer.pipeline.ground import Ground, prepare
 from qlora_trainer.pipeline.ledger import Ledger
 from qlora_trainer.pipeline.measuring import Measured, MeasuredExport, Measuring, ValidationReferences
+from qlora_trainer.pipeline.quantizing import quantized_base
 from qlora_trainer.pipeline.task_file import read_rows
 from qlora_trainer.pipeline.telling import Telling
 from qlora_trainer.preflight import predict_peak_bytes
-from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
+from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import Evaluation, MergedModel, QuantizedModel, RunReport, TrainedAdapter
 from qlora_trainer.runtime.device import seed_everything, set_threads
 from qlora_trainer.runtime.interruption import terminable
@@ -71,7 +72,7 @@ def setting_out(
     with (
         terminable(),
         watched_by(told),
-        RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder,
+        RunFolder.open(root, recipe.model_dump(mode="json"), shaping=recipe.shaping) as folder,
         logged_to(folder.log),
     ):
         journey = Journey(recipe, ground, folder, told, trust_remote_code=trust_remote_code)
@@ -104,8 +105,8 @@ class Journey:
         base = self.measure_base()
         quantized = self.quantize()
         adapted = AdaptedModel(self.recipe, self.ground, quantized, trust_remote_code=self.trust_remote_code)
-        start = self.measure_quantized(quantized, adapted)
-        start_rows = self.measuring.held_out("quantized_base", quantized.key, adapted.fresh)
+        before = (base, *self.measure_quantized(quantized, adapted))
+        start_rows = self.measuring.held_out(before[-1].stage, quantized.key, adapted.fresh)
         trained = self.train(quantized, adapted)
         if until == "train":
             return None
@@ -123,7 +124,7 @@ class Journey:
         exports = self.export(source, merged, quantized, trained, teacher, references)
         if until == "export":
             return None
-        return self.report(trained, quantized, merged, (base, start, unmerged), whole, exports)
+        return self.report(trained, quantized, merged, (*before, unmerged), whole, exports)
 
     # Keys: each names everything that a result depends on.
 
@@ -148,15 +149,18 @@ class Journey:
         """The quantized base; the cache that all runs share is its record."""
         return self.ledger.timed(
             "quantize",
-            lambda: quantize.quantize(
+            lambda: quantized_base(
+                self.recipe,
                 self.ground.base,
-                self.recipe.quantization,
-                lora=self.recipe.lora,
                 layers=self.ground.layers,
                 content_key=self.ground.content_key,
+                rows=lambda: self.ground.rows,
+                trust_remote_code=self.trust_remote_code,
             ),
             describe=lambda record: (
-                f"{len(record.layers)} layers at {record.bits_per_parameter:.3f} bits per parameter",
+                f"{len(record.layers)} layers at {record.bits_per_parameter:.3f} bits per parameter"
+                if record.layers
+                else "nothing is quantized: quantization.data_type is none",
                 record.reused,
             ),
         )
@@ -184,7 +188,12 @@ class Journey:
     def merge_source(self, quantized: QuantizedModel, trained: TrainedAdapter) -> MergeSource:
         """Where merged weights come from; reads the adapter's file, no base."""
         return merge.merge_source(
-            self.recipe, base=self.ground.base, quantized=quantized, layers=self.ground.layers, adapter=trained.folder
+            self.recipe,
+            base=self.ground.base,
+            quantized=quantized,
+            weight_format=quantize.weight_format_of(self.recipe.quantization),
+            layers=self.ground.layers,
+            adapter=trained.folder,
         )
 
     def merge(self, source: MergeSource, quantized: QuantizedModel) -> MergedModel:
@@ -324,10 +333,15 @@ class Journey:
             lambda: evaluate.open_model(base.folder, dtype, trust_remote_code=self.trust_remote_code),
         )
 
-    def measure_quantized(self, quantized: QuantizedModel, adapted: AdaptedModel) -> Evaluation:
-        """The function that training starts from: the quantized base, with first factors where the recipe has them."""
+    def measure_quantized(self, quantized: QuantizedModel, adapted: AdaptedModel) -> tuple[Evaluation, ...]:
+        """The function that training starts from: the quantized base, with first factors where the recipe has them.
+
+        Nothing where the recipe quantizes none: training starts from the 16-bit base, which was measured.
+        """
+        if self.recipe.quantization.data_type == "none":
+            return ()
         subject = Subject("quantized_base", export.BASE_RUNTIME, quantized.bytes)
-        return self.measuring.stage(subject, quantized.key, adapted.fresh)
+        return (self.measuring.stage(subject, quantized.key, adapted.fresh),)
 
     def measure_trained(self, quantized: QuantizedModel, trained: TrainedAdapter, adapted: AdaptedModel) -> Evaluation:
         """Base and adapter, unmerged: the function that was trained."""
@@ -364,8 +378,10 @@ class Journey:
         """What training works on."""
         rows = self.ground.rows
         original = self.recipe.base_model.name or f"{self.recipe.base_model.path}"
-        # PiSSA takes the principal part out of the base before quantizing: the adapter belongs on what was left.
-        base_name = str(quantized.folder) if self.recipe.lora.init == "pissa" else original
+        # PiSSA takes the principal part out of the base before quantizing: the adapter belongs on what was left. GPTQ's
+        # integers follow from calibration rows, and no library makes them again from the name of the original.
+        is_own = self.recipe.lora.init == "pissa" or self.recipe.quantization.data_type == "gptq_int4"
+        base_name = str(quantized.folder) if is_own else original
         return TrainingInputs(
             rows=rows.train,
             pad_id=rows.pad_id,

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_trainer.errors import RunFolderError, VerificationError
-from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe
+from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import ExportFigures, RunReport
 from qlora_trainer.runtime.atomic import sha256_of_files
 from qlora_trainer.runtime.hub import Published, publish, require_repository_name
@@ -72,7 +72,7 @@ def pack(recipe: Recipe, asked: Asked, *, trust_remote_code: bool = False) -> Pa
         require_repository_name(asked.base_on_hub)
     folder = RunFolder(Path(recipe.run.folder) / recipe.run.name)
     made = read_report(folder)
-    folder.require_own(recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS)
+    folder.require_own(recipe.model_dump(mode="json"), shaping=recipe.shaping)
     export = _named(made, asked.format, folder)
     place = folder.merged if asked.format == "merged_16bit" else folder.exports / asked.format
     problems = [*_problems(recipe, export, asked), *_changed(export, place)]

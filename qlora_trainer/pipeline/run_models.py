@@ -5,11 +5,12 @@ from functools import cached_property
 from torch import nn
 
 from qlora_trainer.errors import RunFolderError
+from qlora_trainer.pipeline.quantizing import quantized_again
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.records import BaseCheckpoint, QuantizedModel
 from qlora_trainer.runtime.run_folder import RunFolder
 from qlora_trainer.serving import ADAPTER, GGUF_ADAPTER
-from qlora_trainer.stages import adapt, base_model, dataset, quantize
+from qlora_trainer.stages import base_model, dataset
 from qlora_trainer.stages.opening import ModelFiles, open_model
 
 
@@ -34,14 +35,7 @@ class ModelsOnDisk:
     @cached_property
     def quantized(self) -> QuantizedModel:
         """The quantized base: from the cache, or made again where that was deleted."""
-        lora = self.recipe.lora
-        return quantize.quantize(
-            self.base,
-            self.recipe.quantization,
-            lora=lora,
-            layers=adapt.choose_layers(self.base, lora, trust_remote_code=self.trust_remote_code),
-            content_key=base_model.content_key(self.base),
-        )
+        return quantized_again(self.recipe, self.base, trust_remote_code=self.trust_remote_code)
 
     def files(self, name: str) -> ModelFiles:
         """What a name stands for.

@@ -32,7 +32,7 @@ def talk(recipe: Recipe, at: str | None = None, *, trust_remote_code: bool = Fal
     """
     set_threads(recipe.run.threads)
     folder = RunFolder(Path(recipe.run.folder) / recipe.run.name)
-    name = models_of(folder).named(at)
+    name = models_of(folder, recipe).named(at)
     models = ModelsOnDisk(recipe, folder, trust_remote_code=trust_remote_code)
     files, longest = models.files(name), base_model.longest_row(models.base)
     room = max(GGUF_WINDOW, recipe.data.window)

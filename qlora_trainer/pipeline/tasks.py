@@ -20,7 +20,7 @@ from qlora_trainer.pipeline.journey import run
 from qlora_trainer.pipeline.ledger import Ledger
 from qlora_trainer.pipeline.run_models import ModelsOnDisk
 from qlora_trainer.pipeline.task_file import write_rows
-from qlora_trainer.recipe import SHAPING_SECTIONS, ExportFormat, Recipe
+from qlora_trainer.recipe import ExportFormat, Recipe
 from qlora_trainer.records import TaskEvaluation, TaskRow
 from qlora_trainer.runtime.atomic import sha256_of_files
 from qlora_trainer.runtime.device import seed_everything, set_threads
@@ -89,7 +89,7 @@ def evaluate_tasks(
     seed_everything(recipe.run.seed)
     watcher = observer or Silent()
     root = Path(recipe.run.folder) / recipe.run.name
-    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS) as folder:
+    with RunFolder.open(root, recipe.model_dump(mode="json"), shaping=recipe.shaping) as folder:
         asking = Asking(recipe, request, folder, watcher, trust_remote_code=trust_remote_code)
         rows = tasks.rows_of(asking.everything(), report.resampling_of(recipe))
         write_rows(folder.tasks_json, rows)
@@ -201,7 +201,9 @@ class Asking:
         return self.models.open(self.files(stage), window=self.plan.window)
 
     def _there(self) -> Iterator[str]:
-        yield from ("base_16bit", "quantized_base")
+        yield "base_16bit"
+        if self.recipe.quantization.data_type != "none":
+            yield "quantized_base"
         if (self.folder.adapter / "adapter_config.json").is_file():
             yield "adapter_unmerged"
         if (self.folder.merged / "config.json").is_file():

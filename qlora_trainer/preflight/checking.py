@@ -21,7 +21,7 @@ from qlora_trainer.preflight.prediction import (
     training_load,
 )
 from qlora_trainer.preflight.room import GPU_PLACE, Budget, Memory, planned_memory
-from qlora_trainer.recipe import SHAPING_SECTIONS, Recipe, bytes_of
+from qlora_trainer.recipe import Recipe, bytes_of
 from qlora_trainer.records import BaseCheckpoint, Cut
 from qlora_trainer.runtime.memory import available_bytes, free_disk_bytes
 from qlora_trainer.runtime.run_folder import RunFolder
@@ -101,7 +101,7 @@ def check(
     found.attempt(lambda: require_trackers(tensorboard=tracking.tensorboard, trackio=tracking.trackio))
     found.add(package_findings(recipe))
     folder_of_run = RunFolder(Path(recipe.run.folder) / recipe.run.name)
-    found.attempt(lambda: folder_of_run.require_own(recipe.model_dump(mode="json"), shaping=SHAPING_SECTIONS))
+    found.attempt(lambda: folder_of_run.require_own(recipe.model_dump(mode="json"), shaping=recipe.shaping))
     if base is None or rows is None or room is None:
         return Preflight((), None, (), (), (), tuple(found.notes), tuple(found.problems))
     return _whole(recipe, base, rows, room, found)

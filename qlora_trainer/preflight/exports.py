@@ -9,6 +9,7 @@ from qlora_trainer.export_formats import (
     merge_bases,
     missing_modules,
     rungs_of,
+    unfit_base_in_words,
     unfit_in_words,
     unfit_layers,
     unwritable,
@@ -21,9 +22,11 @@ def climbs(recipe: Recipe, name: ExportFormat) -> tuple[int, ...]:
     return rungs_of(name, recipe.ladder, has_magnitudes=recipe.lora.use_dora)
 
 
-def calibrated(recipe: Recipe) -> tuple[ExportFormat, ...]:
-    """Formats whose rounding may learn from calibration rows."""
-    return tuple(name for name in recipe.export.formats if len(climbs(recipe, name)) > 1)
+def calibrated(recipe: Recipe) -> tuple[str, ...]:
+    """What learns from calibration rows: the base, by its data type, and formats whose rounding may."""
+    formats = tuple(name for name in recipe.export.formats if len(climbs(recipe, name)) > 1)
+    kind = recipe.quantization.data_type
+    return (f"quantization.data_type: {kind}", *formats) if kind == "gptq_int4" else formats
 
 
 def package_findings(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -38,11 +41,13 @@ def layer_findings(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> tu
         recipe: what is asked for.
         linears: shape ``(out_features, in_features)`` by layer.
     """
+    unfit_base = unfit_base_in_words(recipe.quantization, linears)
+    problems = () if unfit_base is None else (unfit_base,)
     if not recipe.export.allow_16bit_layers:
         found = (unfit_in_words(name, linears) for name in recipe.export.formats)
-        return tuple(problem for problem in found if problem is not None), ()
+        return (*problems, *(problem for problem in found if problem is not None)), ()
     unfit = {name: unfit_layers(name, linears) for name in recipe.export.formats}
-    return (), tuple(
+    return problems, tuple(
         f"{name} leaves {', '.join(f'{layer} ({number})' for layer, number in layers.items())} in 16 bit, as "
         "export.allow_16bit_layers: true allows"
         for name, layers in unfit.items()

@@ -26,13 +26,10 @@ def plan(
 ) -> tuple[PlannedStage, ...]:
     """Every stage from the base to the report; ``sizes`` are the model's, where they are known."""
     measured = _measured(recipe, rows)
-    kind = recipe.quantization
-    double = " with double quantization" if kind.doubly_quantized else ""
     return (
         PlannedStage("base model", f"{base.folder}: {base.parameters:,} parameters, {base.bytes / 2**20:,.1f} MiB"),
         PlannedStage("evaluate base_16bit", measured),
-        PlannedStage("quantize", f"{kind.data_type}{double}, kept in {kind.cache_folder}"),
-        PlannedStage("evaluate quantized_base", "the same rows"),
+        *_quantizing(recipe),
         PlannedStage("train", _training(recipe, rows, sizes)),
         PlannedStage("evaluate adapter_unmerged", "the same rows"),
         PlannedStage("merge", planned_merge(recipe)),
@@ -40,6 +37,22 @@ def plan(
         *(PlannedStage(f"export {name}", planned_export(recipe, name)) for name in recipe.export.formats),
         PlannedStage("report", str(Path(recipe.run.folder) / recipe.run.name / "report.html")),
     )
+
+
+def _quantizing(recipe: Recipe) -> tuple[PlannedStage, ...]:
+    """How the frozen base is made, and that it is measured where it is another one than the original."""
+    settings = recipe.quantization
+    how = {
+        "none": f"nothing is quantized: the base is held in {settings.compute_dtype}",
+        "gptq_int4": f"gptq_int4 in groups of {settings.inputs_per_scale} on {recipe.calibration.rows:,} training rows",
+    }
+    text = how.get(settings.data_type, settings.data_type)
+    text += " with double quantization" if settings.doubly_quantized else ""
+    if settings.data_type == "none":
+        kept = f"; less its principal part it is kept in {settings.cache_folder}" if recipe.lora.init == "pissa" else ""
+        return (PlannedStage("quantize", f"{text}{kept}"),)
+    stage = PlannedStage("quantize", f"{text}, kept in {settings.cache_folder}")
+    return stage, PlannedStage("evaluate quantized_base", "the same rows")
 
 
 def _measured(recipe: Recipe, rows: TaskRows) -> str:

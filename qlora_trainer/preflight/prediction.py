@@ -10,7 +10,7 @@ from qlora_trainer.data.store import row_label_counts, row_lengths
 from qlora_trainer.export_formats import FACTS, merge_bases
 from qlora_trainer.numerics.activations import plain_layer_bytes_per_token
 from qlora_trainer.numerics.device_overhead import KEPT_BY_ALLOCATOR, fixed_overhead, kept_by_allocator
-from qlora_trainer.numerics.file_sizes import disk
+from qlora_trainer.numerics.file_sizes import QUANTIZED_BASE, disk
 from qlora_trainer.numerics.footprint import Footprint, scoring_memory, training_memory
 from qlora_trainer.numerics.model_shape import ModelShape
 from qlora_trainer.numerics.training_load import POLICIES, TrainingLoad
@@ -60,6 +60,7 @@ def training_load(recipe: Recipe, rows: Sequence[EncodedRow], device: Literal["c
     return TrainingLoad(
         data_type=recipe.quantization.data_type,
         double_quant=recipe.quantization.doubly_quantized,
+        group_size=recipe.quantization.inputs_per_scale,
         compute_bytes=FLOAT_BYTES[recipe.quantization.compute_dtype],
         rank=lora.rank,
         target_modules=None if lora.target_modules == "all-linear" else lora.target_modules,
@@ -137,9 +138,15 @@ def disk_prediction(recipe: Recipe, shape: ModelShape, load: TrainingLoad) -> Fo
     largest = max((kept.items[f"export {name}"] for name in attempted), default=0)
     second_merged = kept.items["merged model"] if len(merge_bases(recipe)) > 1 else 0
     beside = {"attempts": max(ATTEMPTS_ON_DISK * largest, second_merged)}
-    if any(FACTS[name].kind == "integer" for name in attempted):
+    if any(FACTS[name].kind == "integer" for name in attempted) or recipe.quantization.data_type == "gptq_int4":
         beside["rounded integers"] = shape.linear_parameters
-    return Footprint(kept.items | beside)
+    written = {item: size for item, size in kept.items.items() if item != QUANTIZED_BASE or _writes_base(recipe)}
+    return Footprint(written | beside)
+
+
+def _writes_base(recipe: Recipe) -> bool:
+    """Whether the frozen base is another file than the one that the recipe names."""
+    return recipe.quantization.data_type != "none" or recipe.lora.init == "pissa"
 
 
 def _rounding_memory(recipe: Recipe, shape: ModelShape, load: TrainingLoad) -> Footprint:

@@ -7,7 +7,7 @@ fill in or change. Paths are relative to the folder in which the command is give
 from qlora_trainer.recipe.compare import Compare, CompareMethod
 from qlora_trainer.recipe.data import Data, RowFormat, Source, Sources, sources_of
 from qlora_trainer.recipe.files import Calibration, Export, ExportFormat, Ladder, Merge, Rounding
-from qlora_trainer.recipe.model import BaseModelSource, DataType, Lora, Quantization
+from qlora_trainer.recipe.model import BaseModelSource, BitsandbytesType, DataType, GroupSize, Lora, Quantization
 from qlora_trainer.recipe.section import FloatType, Section, bytes_of
 from qlora_trainer.recipe.task import Checkpointing, EvaluationPlan, Metric, Training
 from qlora_trainer.recipe.watchdog import Watchdog
@@ -16,6 +16,7 @@ from qlora_trainer.recipe.whole import SHAPING_SECTIONS, Expected, Recipe, Run, 
 __all__ = [
     "SHAPING_SECTIONS",
     "BaseModelSource",
+    "BitsandbytesType",
     "Calibration",
     "Checkpointing",
     "Compare",
@@ -27,6 +28,7 @@ __all__ = [
     "Export",
     "ExportFormat",
     "FloatType",
+    "GroupSize",
     "Ladder",
     "Lora",
     "Merge",

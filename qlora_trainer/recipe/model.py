@@ -8,7 +8,15 @@ from pydantic import Field, model_validator
 
 from qlora_trainer.recipe.section import Names, PositiveInt, Section, Share
 
-DataType = Literal["nf4", "fp4", "int8"]
+BitsandbytesType = Literal["nf4", "fp4", "int8"]
+DataType = Literal["nf4", "fp4", "int8", "gptq_int4", "none"]
+GroupSize = Literal[32, 64, 128]
+WITH_ABSMAX = ("nf4", "fp4")
+NO_ABSMAX = {
+    "int8": "one float scale per row",
+    "gptq_int4": "one bfloat16 scale per group",
+    "none": "nothing is quantized",
+}
 
 
 class BaseModelSource(Section):
@@ -34,25 +42,40 @@ class Quantization(Section):
     """How the frozen base is stored while adapters train on it (QLoRA, arXiv 2305.14314, section 3)."""
 
     data_type: DataType = "nf4"
-    """``nf4`` or ``fp4`` (4 bits, one absmax per block of 64) or ``int8`` (LLM.int8, one scale per row)."""
+    """``nf4`` or ``fp4`` (4 bits, one absmax per block of 64), ``int8`` (LLM.int8, one scale per row), ``gptq_int4``
+    (integers that GPTQ, arXiv 2210.17323, chooses on ``calibration.rows`` training rows; a bfloat16 scale per group) or
+    ``none``: nothing is quantized (plain LoRA), the base is held in ``compute_dtype``."""
     double_quant: bool | None = None
-    """Quantize the absmax constants too (4-bit types: 0.5 -> 0.127 bit per parameter). Absent = true for
-    4-bit types; not for ``int8``."""
+    """Quantize the absmax constants too (``nf4`` and ``fp4``: 0.5 -> 0.127 bit per parameter). Absent = true for
+    these; the other types have no absmax constants."""
+    group_size: GroupSize | None = None
+    """``gptq_int4``: consecutive inputs that share a scale. Absent = 64; the other types have no such groups."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of activations and matrix products; adapters are float32 either way."""
+    """Type of activations and matrix products, and of what is not quantized; adapters are float32 either way."""
     cache_folder: str = "runs/quantized_bases"
-    """Quantized bases are kept here and reused, keyed by the content of the weights and these settings."""
+    """Quantized bases are kept here and reused, keyed by the content of the weights and these settings (``gptq_int4``:
+    and of the calibration rows). ``none`` writes nothing there, except with ``lora.init: pissa``."""
 
     @model_validator(mode="after")
-    def _double_quant_fits(self) -> Self:
-        if self.data_type == "int8" and self.double_quant:
-            raise ValueError("double_quant: true has no meaning for int8 (one float scale per row); remove it")
+    def _constants_fit(self) -> Self:
+        kind = self.data_type
+        if self.double_quant and kind not in WITH_ABSMAX:
+            raise ValueError(f"double_quant: true has no meaning for {kind} ({NO_ABSMAX[kind]}); remove it")
+        if self.group_size is not None and kind != "gptq_int4":
+            raise ValueError(
+                f"group_size: {self.group_size} has no meaning for {kind}; remove it, or set data_type: gptq_int4"
+            )
         return self
 
     @property
     def doubly_quantized(self) -> bool:
         """Whether the absmax constants are quantized too, the default resolved."""
-        return self.data_type != "int8" and self.double_quant is not False
+        return self.data_type in WITH_ABSMAX and self.double_quant is not False
+
+    @property
+    def inputs_per_scale(self) -> GroupSize:
+        """Inputs that share a scale under ``gptq_int4``, the default resolved."""
+        return self.group_size or 64
 
 
 class Lora(Section):

@@ -15,6 +15,8 @@ from qlora_trainer.recipe.watchdog import Watchdog
 
 SHAPING_SECTIONS = ("run.seed", "base_model", "quantization", "lora", "data", "training")
 """What makes the trained adapter what it is; a run's folder belongs to one choice of these sections and settings."""
+CALIBRATION_SETTINGS = ("calibration", "rounding.damping", "rounding.activation_order")
+"""What GPTQ's integers follow from, beside the weights and the training rows."""
 
 
 class Run(Section):
@@ -96,6 +98,12 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     expected: Expected | None = None
 
+    @property
+    def shaping(self) -> tuple[str, ...]:
+        """``SHAPING_SECTIONS``, and what else the integers of a GPTQ base follow from."""
+        calibrated = self.quantization.data_type == "gptq_int4"
+        return (*SHAPING_SECTIONS, *(CALIBRATION_SETTINGS if calibrated else ()))
+
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, given: object) -> object:
@@ -111,8 +119,22 @@ class Recipe(Section):
                 "lora.init: loftq makes the adapter repair the quantized base; merged into the original it would "
                 "add that repair to a base that needs none. Set merge.into: dequantized"
             )
-        if self.lora.init == "loftq" and self.quantization.data_type == "int8":
-            raise ValueError("lora.init: loftq repairs 4-bit bases; use quantization.data_type: nf4 or fp4")
+        kind = self.quantization.data_type
+        if self.lora.init == "loftq" and kind not in ("nf4", "fp4"):
+            raise ValueError(
+                f"lora.init: loftq repairs 4-bit bases of nf4 or fp4, not of quantization.data_type: {kind}; use one "
+                "of these, or set lora.init: default"
+            )
+        if self.lora.init == "pissa" and kind == "gptq_int4":
+            raise ValueError(
+                "lora.init: pissa takes the principal part out of the weights, and quantization.data_type: gptq_int4 "
+                "chooses integers for the outputs of whole ones; use nf4, fp4, int8 or none, or set lora.init: default"
+            )
+        if self.merge.into == "dequantized" and kind == "none":
+            raise ValueError(
+                "merge.into: dequantized is the base as it was quantized, and quantization.data_type: none quantizes "
+                "nothing; set merge.into: original, or remove it"
+            )
         if self.evaluation.metrics and self.data.row_formats == {"text"}:
             raise ValueError(
                 "evaluation.metrics compare an answer with a reference, and rows of data.format: text have neither. "

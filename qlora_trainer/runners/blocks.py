@@ -9,7 +9,6 @@ Rows are right-padded and go without an attention mask, as in ``runners.causal_l
 known here.
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,13 +24,8 @@ from qlora_trainer.numerics.loss import label_positions
 from qlora_trainer.runners import transformers
 from qlora_trainer.runtime.device import choose_device
 
-logger = logging.getLogger(__name__)
-
 # What a block would keep of earlier tokens; it must not, whatever the model passes.
 _NO_CACHE = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
-
-# A constant that checkpoints of older versions hold in every block; transformers ignores it too.
-_LEFTOVER = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -124,10 +118,14 @@ class BlockwiseModel:
         block, prefix = self._blocks[index], f"{self.block_names[index]}."
         empty = block.state_dict()
         expected = {prefix + name: tensor for name, tensor in empty.items()}
-        given = {name: weight for name, weight in weights.items() if name in expected or not name.endswith(_LEFTOVER)}
+        given = {
+            name: weight
+            for name, weight in weights.items()
+            if name in expected or not name.endswith(transformers.LEFTOVER)
+        }
         problems = [f"  {name}: missing" for name in sorted(expected.keys() - given)]
         problems += [f"  {name}: unexpected" for name in sorted(given.keys() - expected)]
-        problems += _misshapen(expected, given)
+        problems += transformers.misshapen(expected, given)
         if problems:
             raise BaseModelError("\n".join([f"{self.block_names[index]}: the weights do not fit the block", *problems]))
         held = {name.removeprefix(prefix): self._held(weight) for name, weight in given.items()}
@@ -211,22 +209,7 @@ class BlockwiseModel:
     def _take_rest(self, folder: Path, rest: Iterable[tuple[str, Tensor]]) -> None:
         expected = {name: part for name, part in self._model.state_dict().items() if self.block_of(name) is None}
         given = {name: self._held(tensor) for name, tensor in rest if self.block_of(name) is None}
-        problems = _misshapen(expected, given)
-        if not problems:
-            fitting = {name: tensor for name, tensor in given.items() if name in expected}
-            missing = set(expected.keys() - fitting)
-            self._model.load_state_dict(fitting, strict=False, assign=True)
-            door: Any = self._model
-            # Ties whichever of a pair is missing to the one that is there, as when a folder is loaded.
-            door.tie_weights(missing_keys=missing, recompute_mapping=False)
-            problems = [f"  {name}: missing" for name in sorted(missing)]
-        if problems:
-            raise BaseModelError(
-                "\n".join([f"{folder}: the weights outside the blocks do not fit config.json", *problems])
-            )
-        unknown = sorted(name for name in given.keys() - expected if not name.endswith(_LEFTOVER))
-        if unknown:
-            logger.warning("%s: not part of the model, ignored: %s", folder, ", ".join(unknown))
+        transformers.take_weights(self._model, expected, given, where=folder, what="the weights outside the blocks")
 
     def _held(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -342,11 +325,3 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ca
         raise _NotPassedThrough
     others = {name: _NO_CACHE.get(name, value) for name, value in kwargs.items() if name != "hidden_states"}
     return args[0], Call(args=args[1:], kwargs=others)
-
-
-def _misshapen(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"  {name}: {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        for name, tensor in sorted(given.items())
-        if name in expected and tensor.shape != expected[name].shape
-    ]

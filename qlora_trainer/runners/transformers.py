@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +27,9 @@ from qlora_trainer.runtime.device import choose_device
 from qlora_trainer.runtime.progress import working
 
 logger = logging.getLogger(__name__)
+
+LEFTOVER = "rotary_emb.inv_freq"
+"""A constant that checkpoints of older versions hold in every block; transformers ignores it too."""
 
 
 def load(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -106,6 +109,50 @@ def from_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], *, dtype: 
     """
     config = _config(folder, trust_remote_code=False)
     return _loaded(type(skeleton(folder)), None, dtype=dtype, options={"config": config, "state_dict": dict(weights)})
+
+
+def take_weights(
+    model: nn.Module,
+    expected: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    *,
+    where: Path,
+    what: str = "the weights",
+) -> None:
+    """Changes a skeleton: puts tensors into it, and ties whichever of a tied pair is missing to the one that is there.
+
+    Args:
+        model: of ``skeleton``.
+        expected: its tensors that are to be filled, by checkpoint name.
+        given: what they are filled with; what the model does not know is passed over with a warning.
+        where: the folder whose model it is, for messages.
+        what: is given, for messages.
+
+    Raises:
+        BaseModelError: tensors are missing or of another shape; names all of them.
+    """
+    problems = misshapen(expected, given)
+    if not problems:
+        fitting = {name: tensor for name, tensor in given.items() if name in expected}
+        missing = set(expected.keys() - fitting)
+        model.load_state_dict(fitting, strict=False, assign=True)
+        door: Any = model
+        door.tie_weights(missing_keys=missing, recompute_mapping=False)
+        problems = [f"  {name}: missing" for name in sorted(missing)]
+    if problems:
+        raise BaseModelError("\n".join([f"{where}: {what} do not fit config.json", *problems]))
+    unknown = sorted(name for name in given.keys() - expected if not name.endswith(LEFTOVER))
+    if unknown:
+        logger.warning("%s: not part of the model, ignored: %s", where, ", ".join(unknown))
+
+
+def misshapen(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """A line for each tensor that has another shape than the model's."""
+    return [
+        f"  {name}: {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        for name, tensor in sorted(given.items())
+        if name in expected and tensor.shape != expected[name].shape
+    ]
 
 
 def with_dynamic_activations(model: nn.Module, linear_modules: Collection[str]) -> nn.Module:

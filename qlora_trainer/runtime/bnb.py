@@ -68,12 +68,17 @@ def guard(model: Model) -> Model:
 
 def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
     """Changes every weight outside quantized layers to ``dtype``; a model without quantized layers is left alone."""
-    if not any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+    if not has_quantized_layers(model):
         return
     for module in model.modules():
         if not isinstance(module, Linear4bit | Linear8bitLt):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
+
+
+def has_quantized_layers(model: nn.Module) -> bool:
+    """Whether some layer holds bitsandbytes' weights."""
+    return any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules())
 
 
 def quantize_weight(

@@ -17,6 +17,7 @@ from qlora_trainer.formats.bitsandbytes import Bitsandbytes
 from qlora_trainer.formats.model_folder import read_model, write_model
 from qlora_trainer.formats.peft_adapter import Factors, read
 from qlora_trainer.formats.safetensors_16bit import Safetensors16bit
+from qlora_trainer.formats.weight_format import WeightFormat
 from qlora_trainer.numerics.low_rank import delta_weight, merged_weight, survived_share
 from qlora_trainer.recipe import FloatType, Recipe
 from qlora_trainer.records import BaseCheckpoint, LinearLayers, MergedModel, QuantizedModel
@@ -41,7 +42,8 @@ class MergeSource:
     Attributes:
         base: folder of the 16-bit base.
         quantized: folder of the quantized base.
-        weight_format: how ``quantized`` is stored.
+        weight_format: how ``quantized`` is stored; 16-bit where it was not quantized.
+        compute_dtype: type that training multiplied in.
         layers: which layers are quantized and adapted.
         factors: trained factors by module.
         scale: factor s before B A.
@@ -51,7 +53,8 @@ class MergeSource:
 
     base: Path
     quantized: Path
-    weight_format: Bitsandbytes
+    weight_format: WeightFormat
+    compute_dtype: torch.dtype
     layers: LinearLayers
     factors: dict[str, Factors]
     scale: float
@@ -65,12 +68,12 @@ class MergeSource:
     def base_weights(self, wanted: Wanted = every) -> Iterator[tuple[str, Tensor]]:
         """Every wanted tensor of the chosen base without the delta; matrices that adapters touch in float32.
 
-        The dequantized base is what training multiplied by: dequantized in the compute type, biases, norms and
-        embeddings in that type too.
+        The dequantized base is what training multiplied by: in the compute type, biases, norms and embeddings too.
         """
         if self.into == "dequantized":
             linears = self.layers.quantized
-            yield from read_model(self.quantized, self.weight_format, linear_modules=linears, wanted=wanted)
+            stream = read_model(self.quantized, self.weight_format, linear_modules=linears, wanted=wanted)
+            yield from ((name, self._as_computed(tensor)) for name, tensor in stream)
             return
         names = [name for name in read_headers(self.base) if wanted(name)]
         for name, tensor in read_tensors(self.base, names, check_finite=True):
@@ -79,6 +82,11 @@ class MergeSource:
                 yield name, tensor
             else:
                 yield name, tensor.float() - delta_weight(initial.lora_a, initial.lora_b, scale=self.scale)
+
+    def _as_computed(self, tensor: Tensor) -> Tensor:
+        # bitsandbytes' weights are as its kernels use them; integers on a grid and 16-bit weights are cast for them.
+        is_cast = tensor.is_floating_point() and not isinstance(self.weight_format, Bitsandbytes)
+        return tensor.to(self.compute_dtype) if is_cast else tensor
 
     def weights(self, on_merged: OnMerged | None = None, wanted: Wanted | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every wanted tensor of the merged model; matrices of linear layers in float32, never rounded.
@@ -107,14 +115,21 @@ class MergeSource:
 
 
 def merge_source(
-    recipe: Recipe, *, base: BaseCheckpoint, quantized: QuantizedModel, layers: LinearLayers, adapter: Path
+    recipe: Recipe,
+    *,
+    base: BaseCheckpoint,
+    quantized: QuantizedModel,
+    weight_format: WeightFormat,
+    layers: LinearLayers,
+    adapter: Path,
 ) -> MergeSource:
     """The merged weights of the first of the recipe's bases; reads the adapter, no base.
 
     Args:
-        recipe: gives the bases of the merge and the format of the quantized one.
+        recipe: gives the bases of the merge.
         base: the 16-bit base.
         quantized: the quantized base.
+        weight_format: how it is stored.
         layers: which layers are quantized.
         adapter: folder of the trained adapter.
     """
@@ -125,11 +140,8 @@ def merge_source(
     return MergeSource(
         base=base.folder,
         quantized=quantized.folder,
-        weight_format=Bitsandbytes(
-            data_type=recipe.quantization.data_type,
-            double_quant=recipe.quantization.doubly_quantized,
-            compute_dtype=recipe.quantization.compute_dtype,
-        ),
+        weight_format=weight_format,
+        compute_dtype=getattr(torch, recipe.quantization.compute_dtype),
         layers=layers,
         factors=factors,
         scale=settings.scale,

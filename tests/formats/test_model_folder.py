@@ -9,9 +9,10 @@ from torch import Tensor
 
 from qlora_trainer.formats.bitsandbytes import Bitsandbytes
 from qlora_trainer.formats.compressed_tensors import CompressedTensors
-from qlora_trainer.formats.model_folder import read_model, write_model
+from qlora_trainer.formats.model_folder import read_integers, read_model, write_model
 from qlora_trainer.formats.safetensors_16bit import Safetensors16bit
 from qlora_trainer.formats.weight_format import WeightFormat
+from qlora_trainer.numerics.integer_weight import round_to_nearest
 from qlora_trainer.runtime.weight_files import write_shards
 from tests.models import linear_names, tiny_llama_weights
 
@@ -50,6 +51,31 @@ def test_reading_gives_every_matrix_decoded_and_all_else_cast(
             assert torch.equal(found[name], weight_format.decode(weight_format.encode(weight)))
         else:
             assert torch.equal(found[name], weight.bfloat16())
+
+
+def test_integers_come_back_as_they_were_written(tied_llama_folder: Path, tmp_path: Path) -> None:
+    spec = CompressedTensors(4, 32).spec
+    matrices = {module: round_to_nearest(WEIGHTS[f"{module}.weight"], spec) for module in LINEARS}
+    given = ((name, matrices.get(name.removesuffix(".weight"), weight)) for name, weight in WEIGHTS.items())
+    write_model(
+        tmp_path,
+        given,
+        CompressedTensors(4, 32),
+        linear_modules=LINEARS,
+        like=tied_llama_folder,
+        rest_dtype=torch.bfloat16,
+    )
+    found = dict(read_integers(tmp_path, CompressedTensors(4, 32), linear_modules=LINEARS))
+    assert found.keys() == WEIGHTS.keys()
+    for name, weight in found.items():
+        wanted = matrices.get(name.removesuffix(".weight"))
+        if isinstance(weight, Tensor):
+            assert wanted is None or name.endswith(".bias")
+            assert torch.equal(weight, WEIGHTS[name].bfloat16())
+        else:
+            assert wanted is not None
+            assert torch.equal(weight.codes, wanted.codes)
+            assert torch.equal(weight.grid.scale, wanted.grid.scale)
 
 
 @pytest.mark.parametrize("weight_format", FORMATS, ids=name_of)

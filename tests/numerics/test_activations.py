@@ -61,14 +61,15 @@ def kept_bytes(
     return batch.token_ids.numel(), made.bytes()
 
 
+@pytest.mark.parametrize("data_type", ["nf4", "none", "gptq_int4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_layers_keep_what_was_predicted(
-    policy: Checkpointing, dtype: str, wide_llama_folder: Path, tmp_path: Path
+    policy: Checkpointing, dtype: str, data_type: Any, wide_llama_folder: Path, tmp_path: Path
 ) -> None:
-    tokens, kept = kept_bytes(wide_llama_folder, tmp_path, dtype, policy)
+    tokens, kept = kept_bytes(wide_llama_folder, tmp_path, dtype, policy, data_type=data_type)
     size = 4 if dtype == "float32" else 2
-    load = TrainingLoad(rank=RANK, compute_bytes=size, tokens=tokens, checkpointing=policy)
+    load = TrainingLoad(rank=RANK, compute_bytes=size, tokens=tokens, checkpointing=policy, data_type=data_type)
     # Beside the layers: the last norm's input and its reciprocal, and the gradient of the label tokens' states.
     beside = tokens * (size * SMALL.hidden + 4) + tokens * size * SMALL.hidden
     predicted = activations.kept(SMALL, load)
@@ -89,6 +90,10 @@ def test_layers_keep_what_was_predicted(
         ({"use_dora": True, "dropout": 0.1}, "nf4", "float32"),
         ({}, "int8", "bfloat16"),
         ({"dropout": 0.1}, "int8", "bfloat16"),
+        ({"dropout": 0.1}, "none", "bfloat16"),
+        ({"use_dora": True}, "none", "bfloat16"),
+        ({"dropout": 0.1}, "gptq_int4", "bfloat16"),
+        ({"use_dora": True}, "gptq_int4", "bfloat16"),
         ({"use_dora": True}, "int8", "bfloat16"),
         ({"use_dora": True, "dropout": 0.1}, "int8", "bfloat16"),
     ],

@@ -31,6 +31,20 @@ def test_16_bit_weights_alone_would_not_fit_where_qlora_does() -> None:
 # Laws.
 
 
+def test_a_base_that_is_not_quantized_is_held_and_never_dequantized() -> None:
+    need = training_memory(SMALL, TrainingLoad(data_type="none"))
+    assert need.items["base weights"] == 2 * SMALL.linear_parameters
+    assert need.items["quantization constants"] == need.items["dequantized weights"] == 0
+    assert "quantized weights" not in need.items
+
+
+def test_a_gptq_base_is_dequantized_from_halves_of_bytes() -> None:
+    nf4, gptq = (training_memory(SMALL, TrainingLoad(data_type=kind)).items for kind in ("nf4", "gptq_int4"))
+    largest = max(rows * columns for rows, columns in SMALL.linears.values())
+    assert gptq["dequantized weights"] - nf4["dequantized weights"] == largest // 2
+    assert gptq["quantized weights"] == nf4["quantized weights"]
+
+
 @pytest.mark.parametrize(
     ("change", "item"),
     [

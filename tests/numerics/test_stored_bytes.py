@@ -1,5 +1,7 @@
 """Bytes of quantized weights, their constants, adapters and optimizer state, against the paper's figures."""
 
+from typing import Any
+
 import pytest
 
 from qlora_trainer.numerics import stored_bytes
@@ -13,8 +15,24 @@ from tests.numerics.shapes import LLAMA_65B, SMALL
     [(False, 0.5), (True, 8 / 64 + 32 / (64 * 256))],
 )
 def test_constants_take_the_bits_that_the_paper_says(double_quant: bool, bits: float) -> None:
-    size = stored_bytes.quantization_constant_bytes(LLAMA_65B, "nf4", double_quant=double_quant)
+    size = stored_bytes.quantization_constant_bytes(LLAMA_65B, TrainingLoad(double_quant=double_quant))
     assert 8 * size / LLAMA_65B.linear_parameters == pytest.approx(bits, rel=1e-6)
+
+
+def test_a_base_takes_the_bytes_of_its_type() -> None:
+    linear = LLAMA_65B.linear_parameters
+
+    def bytes_of(**asked: Any) -> int:
+        load = TrainingLoad(**asked)
+        return stored_bytes.base_weight_bytes(LLAMA_65B, load) + stored_bytes.quantization_constant_bytes(
+            LLAMA_65B, load
+        )
+
+    assert bytes_of(data_type="none") == 2 * linear
+    assert bytes_of(data_type="none", compute_bytes=4) == 4 * linear
+    # 4 bits, and 16 for each group.
+    assert bytes_of(data_type="gptq_int4", group_size=64) == linear // 2 + linear // 32
+    assert bytes_of(data_type="gptq_int4", group_size=128) == linear // 2 + linear // 64
 
 
 def test_optimizer_state_is_eight_bytes_in_float32_and_two_in_8_bit() -> None:

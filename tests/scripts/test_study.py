@@ -60,12 +60,12 @@ def test_8_bits_lie_nearer_to_the_16_bit_model_than_fewer_do(bases: Any, method:
 
 def test_every_base_of_the_table_is_tuned_by_the_same_loop(scripts: dict[str, ModuleType], bases: Any) -> None:
     tuned = {}
-    for base in ("16bit", "int8", "nf4"):
+    for base in scripts["bench_recovery"].BASES:
         model, size = scripts["bench_recovery"].opened(bases, base)
         tuned[base] = (size, bases.tuned(model, base, seed=0).trained)
-    model = bases.integers("gptq", spec(4))
-    tuned["gptq_int4"] = (0, bases.tuned(model, "gptq_int4", seed=0).trained)
+    # With double quantization NF4 takes 4.13 bits and the code books; a bfloat16 scale for 64 weights makes it 4.25.
     assert tuned["nf4"][0] < tuned["int8"][0] < tuned["16bit"][0]
+    assert tuned["gptq_int4"][0] < tuned["int8"][0]
     budgets = {(made.steps, made.tokens, made.trainable_parameters) for _, made in tuned.values()}
     assert len(budgets) == 1
 

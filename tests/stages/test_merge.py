@@ -6,7 +6,7 @@ import torch
 from qlora_trainer.numerics.low_rank import delta_weight
 from qlora_trainer.recipe import Recipe
 from qlora_trainer.runners import transformers as runner
-from qlora_trainer.stages import merge
+from qlora_trainer.stages import merge, quantize
 from tests.stages.workbench import Bench, bench_for, logits_of, recipe_for, shake
 
 FLOAT32_MERGE = {"data_type": "float32"}
@@ -14,8 +14,42 @@ FLOAT32_MERGE = {"data_type": "float32"}
 
 def source_of(bench: Bench, adapter: Path, recipe: Recipe | None = None) -> merge.MergeSource:
     return merge.merge_source(
-        recipe or bench.recipe, base=bench.base, quantized=bench.quantized, layers=bench.layers, adapter=adapter
+        recipe or bench.recipe,
+        base=bench.base,
+        quantized=bench.quantized,
+        weight_format=quantize.weight_format_of(bench.recipe.quantization),
+        layers=bench.layers,
+        adapter=adapter,
     )
+
+
+@pytest.mark.parametrize("data_type", ["none", "gptq_int4"])
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_merging_into_what_16_bit_and_gptq_training_saw_gives_the_trained_function(
+    lora: dict[str, object], compute_dtype: str, data_type: str, tied_llama_folder: Path, tmp_path: Path
+) -> None:
+    quantization = {"data_type": data_type, "compute_dtype": compute_dtype}
+    bench = bench_for(recipe_for(tied_llama_folder, tmp_path, lora=lora, quantization=quantization))
+    model = shake(bench.adapted())
+    trained = logits_of(model)
+    source = source_of(bench, bench.written_adapter(model, tmp_path / "adapter")).with_base("dequantized")
+    merged = merge.merge(source, tmp_path / "merged", data_type="float32")
+    found = logits_of(runner.load(merged.folder, dtype=getattr(torch, compute_dtype)))
+    # float32: the order of sums. bfloat16: the sum is rounded once more, at a spread of the logits of about 1.
+    assert (found - trained).abs().max() < (2e-4 if compute_dtype == "float32" else 0.15)
+    assert (found - trained).norm() < (1e-4 if compute_dtype == "float32" else 2e-2) * trained.norm()
+    assert (logits_of(bench.adapted()) - trained).abs().max() > 0.1
+
+
+def test_merging_into_the_original_of_a_gptq_base_leaves_its_integers_out(llama_folder: Path, tmp_path: Path) -> None:
+    quantization = {"data_type": "gptq_int4"}
+    bench = bench_for(recipe_for(llama_folder, tmp_path, merge={"into": "original"}, quantization=quantization))
+    source = source_of(bench, bench.written_adapter(shake(bench.adapted()), tmp_path / "adapter"))
+    merged, originals = dict(source.weights()), dict(runner.load(llama_folder, dtype=torch.float32).state_dict())
+    for module, factors in source.factors.items():
+        delta = delta_weight(factors.lora_a, factors.lora_b, scale=source.scale)
+        assert torch.allclose(merged[f"{module}.weight"], originals[f"{module}.weight"] + delta, atol=1e-6)
 
 
 @pytest.mark.parametrize("data_type", ["nf4", "fp4"])

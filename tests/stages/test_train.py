@@ -149,13 +149,25 @@ def test_training_lowers_the_loss_and_reports_its_counts(llama_folder: Path, tmp
     assert [line["step"] for line in lines if "train/nats_per_token" in line] == list(range(1, 31))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
-def test_an_interrupted_run_ends_with_the_same_bits(optimizer: str, llama_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "data_type"),
+    [
+        ("adamw", "nf4"),
+        ("adamw_8bit", "nf4"),
+        ("paged_adamw_8bit", "nf4"),
+        ("paged_adamw_8bit", "none"),
+        ("paged_adamw_8bit", "gptq_int4"),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(
+    optimizer: str, data_type: str, llama_folder: Path, tmp_path: Path
+) -> None:
     # Rank 32: A of the widest layer has 4,096 values, so that 8-bit optimizers hold it in 8 bits.
     recipe = recipe_for(
         llama_folder,
         tmp_path,
         lora={"rank": 32, "dropout": 0.1},
+        quantization={"data_type": data_type},
         training={"max_steps": 6, "optimizer": optimizer, "validate_every_steps": 1},
     )
     bench = bench_for(recipe)

@@ -6,12 +6,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from qlora_trainer.data.audit import audit_masks
 from qlora_trainer.data.encode import IGNORE_INDEX, EncodedRow
 from qlora_trainer.data.tokenizer import TextTokenizer
 from qlora_trainer.formats.peft_adapter import AdapterSettings, factors_of, write
+from qlora_trainer.pipeline.quantizing import quantized_base
 from qlora_trainer.recipe import Lora, Quantization, Recipe
 from qlora_trainer.records import BaseCheckpoint, LinearLayers, QuantizedModel
 from qlora_trainer.stages import adapt, merge, quantize
+from qlora_trainer.stages.dataset import TaskRows
 from qlora_trainer.stages.export import AdapterFactors, ExportInputs, TaskData
 from qlora_trainer.stages.merge import MergeSource
 from tests.models import BOS_ID, EOS_ID, PAD_ID, VOCABULARY_SIZE
@@ -68,12 +71,25 @@ class Bench:
 
     def adapted(self, seed: int = 0) -> PeftModel:
         """A fresh adapted model."""
-        return adapt.adapt(
-            self.quantized,
+        settings = self.recipe.quantization
+        return adapt.insert(
+            quantize.open_base(self.quantized, settings, layers=self.layers),
             self.recipe.lora,
             layers=self.layers,
-            compute_dtype=self.recipe.quantization.compute_dtype,
+            compute_dtype=settings.compute_dtype,
             seed=seed,
+            initial=self.quantized.initial_factors,
+        )
+
+    def merge_source(self, adapter: Path) -> MergeSource:
+        """The merged weights of an adapter in a folder."""
+        return merge.merge_source(
+            self.recipe,
+            base=self.base,
+            quantized=self.quantized,
+            weight_format=quantize.weight_format_of(self.recipe.quantization),
+            layers=self.layers,
+            adapter=adapter,
         )
 
     def written_adapter(self, model: PeftModel, folder: Path) -> Path:
@@ -90,9 +106,7 @@ class Bench:
 def export_inputs(bench: Bench, adapter: Path, folder: Path, *, rows: int = 24) -> ExportInputs:
     """What exporting works on, as the pipeline puts it together; writes the merged 16-bit folder."""
     recipe = bench.recipe
-    source = merge.merge_source(
-        recipe, base=bench.base, quantized=bench.quantized, layers=bench.layers, adapter=adapter
-    )
+    source = bench.merge_source(adapter)
     merged = merge.merge(source, folder / "merged", data_type="bfloat16")
     return ExportInputs(
         base=bench.base.folder,
@@ -138,13 +152,27 @@ def bench_for(recipe: Recipe) -> Bench:
     folder = Path(str(recipe.base_model.path))
     base = BaseCheckpoint(folder=folder, parameters=0, bytes=(folder / "model.safetensors").stat().st_size)
     layers = adapt.choose_layers(base, recipe.lora)
-    quantized = quantize_again(base, recipe.quantization, recipe.lora, layers)
+    quantized = quantized_base(
+        recipe,
+        base,
+        layers=layers,
+        content_key="content",
+        rows=lambda: task_rows(folder),
+        trust_remote_code=False,
+    )
     return Bench(recipe, base, layers, quantized)
 
 
 def quantize_again(base: BaseCheckpoint, settings: Quantization, lora: Lora, layers: LinearLayers) -> QuantizedModel:
     """One call of the stage."""
     return quantize.quantize(base, settings, lora=lora, layers=layers, content_key="content")
+
+
+def task_rows(base: Path, *, seed: int = 0) -> TaskRows:
+    """Random training rows and no others."""
+    rows = random_rows(24, seed=seed)
+    audit = audit_masks(rows, [(row,) for row in rows], bos_id=BOS_ID, stop_ids=(EOS_ID,))
+    return TaskRows(rows, (), (), audit, (EOS_ID,), PAD_ID, (), TextTokenizer.load(base))
 
 
 def shake(model: PeftModel, *, size: float = 0.05) -> PeftModel:

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, and a quantized base with adapters in it."""
+"""Which layers get an adapter, and a base with adapters in it."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch import nn
 from qlora_trainer.errors import RecipeError
 from qlora_trainer.formats.peft_adapter import load_factors, quiet_peft, read
 from qlora_trainer.recipe import Lora
-from qlora_trainer.records import BaseCheckpoint, LinearLayers, QuantizedModel
+from qlora_trainer.records import BaseCheckpoint, LinearLayers
 from qlora_trainer.runners import transformers as runner
 from qlora_trainer.runners.causal_lm import make_lean
 from qlora_trainer.stages.adapt.lean_linear import lean_layers
@@ -38,40 +38,19 @@ def choose_layers(base: BaseCheckpoint, lora: Lora, *, trust_remote_code: bool =
     return LinearLayers(quantized=linears, adapted=adapted, ignored=(head,) if head else ())
 
 
-def adapt(
-    quantized: QuantizedModel,
-    lora: Lora,
-    *,
-    layers: LinearLayers,
-    compute_dtype: str,
-    seed: int,
-    trust_remote_code: bool = False,
-) -> PeftModel:
-    """The quantized base with fresh float32 adapters; nothing but the adapters is trainable.
-
-    Args:
-        quantized: the base on disk.
-        lora: rank, scale and kind of the adapters.
-        layers: where they go.
-        compute_dtype: ``float32`` or ``bfloat16``: type of activations and matrix products.
-        seed: of A's random values, and of dropout: sets torch's generator.
-        trust_remote_code: allow code that comes with the model.
-    """
-    model = runner.load(quantized.folder, dtype=getattr(torch, compute_dtype), trust_remote_code=trust_remote_code)
-    return insert(model, lora, layers=layers, compute_dtype=compute_dtype, seed=seed, initial=quantized.initial_factors)
-
-
 def insert(
     model: nn.Module, lora: Lora, *, layers: LinearLayers, compute_dtype: str, seed: int, initial: Path | None = None
 ) -> PeftModel:
-    """A base in memory, in 16 bit, 4 bit or as integers, with float32 adapters; changed in place and given back.
+    """A base in memory, however it is stored, with float32 adapters; changed in place and given back.
+
+    Nothing but the adapters is trainable.
 
     Args:
         model: the base.
         lora: rank, scale and kind of the adapters.
         layers: where they go.
         compute_dtype: type of the base's activations.
-        seed: sets torch's generator.
+        seed: of A's random values, and of dropout: sets torch's generator.
         initial: folder of the first factors; None = fresh ones.
     """
     torch.manual_seed(seed)
@@ -93,7 +72,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _lora_config(lora: Lora, layers: LinearLayers) -> LoraConfig:
-    """The settings as peft spells them, with our forward for adapted layers of 4 bits and of integers."""
+    """The settings as peft spells them, with our forward for adapted layers."""
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

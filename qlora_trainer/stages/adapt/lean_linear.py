@@ -1,4 +1,4 @@
-"""What a quantized layer with a LoRA adapter computes with, in place of the library's own forward.
+"""What a frozen layer with a LoRA adapter computes with, in place of the library's own forward.
 
 The same function, with less kept and nothing copied: the library casts the input of every adapter to float32, keeps it,
 and clones the frozen layer's output.
@@ -81,6 +81,18 @@ class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
         )
 
 
+class LeanLinear(Linear):  # type: ignore[misc]  # peft is untyped
+    """The same for a layer that is not quantized: its weight is there already, in the type of its input."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x W^T + b + s dropout(x) A^T B^T`` in the type of ``x``."""
+        adapter = _plain_adapter(self)
+        if adapter is None or args or kwargs:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        return _lean_forward(self, adapter, x, weight=partial(self.get_base_layer().weight.to, x.dtype))
+
+
 def _lean_forward(
     layer: Any,
     adapter: str,
@@ -109,4 +121,6 @@ def lean_layers() -> dict[type[nn.Module], type[nn.Module]]:
         bnb.FourBitLinear: LeanLinear4bit,
         bnb.EightBitLinear: LeanLinear8bit,
         IntegerLinear: LeanIntegerLinear,
+        # Last: bitsandbytes' layers are linear ones too, and the first that fits is taken.
+        nn.Linear: LeanLinear,
     }

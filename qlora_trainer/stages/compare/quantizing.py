@@ -13,7 +13,7 @@ from qlora_trainer.formats.bitsandbytes import Bitsandbytes
 from qlora_trainer.formats.model_folder import write_model
 from qlora_trainer.numerics.integer_weight import GridSpec, round_to_nearest
 from qlora_trainer.numerics.obq import obq
-from qlora_trainer.recipe import CompareMethod, DataType
+from qlora_trainer.recipe import BitsandbytesType, CompareMethod
 from qlora_trainer.records import LinearLayers
 from qlora_trainer.runners import transformers as runner
 from qlora_trainer.runners.kv_cache import cache_bytes_per_token, with_rounded_kv_cache
@@ -209,7 +209,7 @@ def _rounded(weights: Weights, layers: LinearLayers, spec: GridSpec) -> Iterator
             raise ValueError(f"{module}: {error}") from error
 
 
-_BITSANDBYTES: Mapping[CompareMethod, DataType] = {"nf4": "nf4", "fp4": "fp4", "llm_int8": "int8"}
+_BITSANDBYTES: Mapping[CompareMethod, BitsandbytesType] = {"nf4": "nf4", "fp4": "fp4", "llm_int8": "int8"}
 
 _MAKERS: Mapping[CompareMethod, Callable[[CompareMethod, CompareInputs, GridSpec], _Made]] = {
     "rtn_int8": _nearest,

@@ -11,7 +11,7 @@ methods that do so.
 
 from qlora_trainer.export_formats import MergeBase
 from qlora_trainer.numerics.integer_weight import GridSpec
-from qlora_trainer.stages.export.calibration import CalibrationBatch, calibration_batches
+from qlora_trainer.stages.export.calibration import CalibrationBatch, calibration_batches, calibration_rows
 from qlora_trainer.stages.export.catalog import integer_format_of, layers_of, require_gguf, require_writable
 from qlora_trainer.stages.export.inputs import AdapterFactors, ExportInputs, OnMerged, TaskData, Wanted, WrittenExport
 from qlora_trainer.stages.export.opening import (
@@ -46,6 +46,7 @@ __all__ = [
     "Way",
     "WrittenExport",
     "calibration_batches",
+    "calibration_rows",
     "integer_format_of",
     "judge",
     "layers_of",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.data.batches import collate, evaluation_batches
+from qlora_trainer.data.encode import EncodedRow
 from qlora_trainer.errors import RecipeError
 from qlora_trainer.recipe import Calibration
 from qlora_trainer.stages.export.inputs import TaskData
@@ -27,8 +28,8 @@ class CalibrationBatch:
     real: Tensor
 
 
-def calibration_batches(data: TaskData, calibration: Calibration, device: torch.device) -> list[CalibrationBatch]:
-    """So many training rows, chosen by the seed, in batches of rows of like length.
+def calibration_rows(data: TaskData, calibration: Calibration) -> list[EncodedRow]:
+    """So many training rows, chosen by the seed.
 
     Raises:
         RecipeError: there are fewer training rows than asked for.
@@ -39,7 +40,16 @@ def calibration_batches(data: TaskData, calibration: Calibration, device: torch.
             f"set calibration.rows to {len(data.rows)} or less"
         )
     chosen = random.Random(f"calibration/{data.seed}").sample(range(len(data.rows)), calibration.rows)
-    rows = [data.rows[index] for index in chosen]
+    return [data.rows[index] for index in chosen]
+
+
+def calibration_batches(data: TaskData, calibration: Calibration, device: torch.device) -> list[CalibrationBatch]:
+    """``calibration_rows`` in batches of rows of like length.
+
+    Raises:
+        RecipeError: there are fewer training rows than asked for.
+    """
+    rows = calibration_rows(data, calibration)
     batches = []
     for indexes in evaluation_batches([len(row.token_ids) for row in rows], calibration.batch_size):
         batch = collate(rows, indexes, data.pad_id)

@@ -6,7 +6,14 @@ from typing import Literal, get_args
 import torch
 
 from qlora_trainer.errors import RecipeError
-from qlora_trainer.export_formats import FACTS, can_mix, unfit_in_words, unfit_layers, unwritable
+from qlora_trainer.export_formats import (
+    FACTS,
+    can_mix,
+    unfit_base_in_words,
+    unfit_in_words,
+    unfit_layers,
+    unwritable,
+)
 from qlora_trainer.formats import gguf
 from qlora_trainer.formats.bitsandbytes import Bitsandbytes
 from qlora_trainer.formats.compressed_tensors import CompressedTensors
@@ -83,7 +90,7 @@ def layers_of(name: ExportFormat, layers: LinearLayers) -> LinearLayers:
 
 
 def require_writable(recipe: Recipe, base: Path, layers: LinearLayers) -> None:
-    """Refuses formats that cannot hold the model, before anything is trained for them.
+    """Refuses formats that cannot hold the model, its quantized base included, before anything is trained for them.
 
     Args:
         recipe: the formats, and what their files are made from.
@@ -95,6 +102,8 @@ def require_writable(recipe: Recipe, base: Path, layers: LinearLayers) -> None:
     """
     names = recipe.export.formats
     problems = list(unwritable(recipe))
+    unfit_base = unfit_base_in_words(recipe.quantization, layers.quantized)
+    problems += [] if unfit_base is None else [unfit_base]
     if not recipe.export.allow_16bit_layers:
         unfit = [unfit_in_words(name, layers.quantized) for name in names]
         problems += [problem for problem in unfit if problem is not None]

@@ -5,7 +5,7 @@ changes nothing else: a tuned model shares the integers of the one it came from.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +64,16 @@ class RoundedModel:
         for name in self.blocks():
             yield from self.block(name).items()
 
-    def dequantized_in(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """A model's weights by checkpoint name with the reals of the rounded matrices in place of its own."""
-        places = self.places()
+    def integers_in(
+        self, weights: Iterable[tuple[str, Tensor]], *, but: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor | IntegerWeight]]:
+        """A model's weights by checkpoint name, in their order, the rounded matrices in place of its own.
+
+        Args:
+            weights: taken one at a time.
+            but: modules whose own matrix stays.
+        """
+        places = {module: block for module, block in self.places().items() if module not in but}
         plain = {name: tensor for block in self.blocks() for name, tensor in self.plain(block).items()}
         held, matrices = "", dict[str, IntegerWeight]()
         for name, tensor in weights:
@@ -76,7 +83,12 @@ class RoundedModel:
                 continue
             if block != held:
                 held, matrices = block, self.block(block)
-            yield name, matrices[name.removesuffix(".weight")].dequantized()
+            yield name, matrices[name.removesuffix(".weight")]
+
+    def dequantized_in(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """As ``integers_in``, with the reals of the rounded matrices."""
+        for name, weight in self.integers_in(weights):
+            yield name, weight if isinstance(weight, Tensor) else weight.dequantized()
 
     def unscaled(self, block: str, module: str, matrix: Tensor) -> Tensor:
         """A matrix of this model as it would be had its rows and columns not been scaled before rounding."""

@@ -147,20 +147,8 @@ def _stored(
     """Every tensor of the merged model, rounded matrices in place of those that a method rounded and nothing raised."""
     if rounded is None:
         yield from inputs.weights(into, on_merged=on_merged)
-        return
-    places = {module: block for module, block in rounded.places().items() if module not in raised}
-    plain = {name: tensor for block in rounded.blocks() for name, tensor in rounded.plain(block).items()}
-    held: str | None = None
-    matrices: Mapping[str, Stored] = {}
-    for name, tensor in inputs.weights(into, on_merged=on_merged):
-        module = name.removesuffix(".weight")
-        if module in places and name.endswith(".weight"):
-            if places[module] != held:
-                held = places[module]
-                matrices = rounded.block(held)
-            yield name, matrices[module]
-        else:
-            yield name, plain.get(name, tensor)
+    else:
+        yield from rounded.integers_in(inputs.weights(into, on_merged=on_merged), but=raised)
 
 
 def _write_model(

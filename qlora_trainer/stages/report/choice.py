@@ -4,7 +4,7 @@ from qlora_trainer.pages.wording import percent, share_of_gain, signed_nats, sig
 from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import Choice, ExportFigures, StageFigures
 from qlora_trainer.stages.report.bars import bar_in_words, lowest_bar, meets
-from qlora_trainer.stages.report.inputs import QUANTIZED, TRAINED, stage_of
+from qlora_trainer.stages.report.inputs import TRAINED, stage_of, start_stage
 
 Stages = tuple[StageFigures, ...]
 
@@ -45,7 +45,7 @@ def metric_kept(export: ExportFigures, stages: Stages) -> float | None:
     A point estimate on the generated rows, the same rows for every stage.
     """
     found = {stage.name: stage.metrics for stage in stages}
-    start, trained = found.get(QUANTIZED, {}), found.get(TRAINED, {})
+    start, trained = found.get(start_stage(found), {}), found.get(TRAINED, {})
     file = found.get(stage_of(export.format), {})
     shares = [
         (file[name] - start[name]) / (trained[name] - start[name])

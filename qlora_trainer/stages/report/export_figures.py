@@ -9,7 +9,7 @@ from qlora_trainer.recipe import Ladder
 from qlora_trainer.records import Attempt, ExportedModel, ExportFigures, Gap
 from qlora_trainer.stages.report.bars import bars, status_of
 from qlora_trainer.stages.report.gap import difference, gain_kept, why_no_gain
-from qlora_trainer.stages.report.inputs import QUANTIZED, TRAINED, Measurements, stage_of
+from qlora_trainer.stages.report.inputs import TRAINED, Measurements, stage_of, start_stage
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def export_figures(export: ExportedModel, measured: Measurements, yardstick: Yar
     file, trained = stages[stage_of(export.format)], stages[TRAINED]
     fidelity = measured.fidelity[file.stage]
     resampling = yardstick.resampling
-    kept = gain_kept(file, quantized=stages[QUANTIZED], trained=trained, resampling=resampling)
+    kept = gain_kept(file, quantized=stages[start_stage(stages)], trained=trained, resampling=resampling)
     above, above_interval = difference(file, trained, resampling=resampling)
     figures = ExportFigures(
         format=export.format,

@@ -19,7 +19,7 @@ from qlora_trainer.stages.report.choice import choose
 from qlora_trainer.stages.report.expectations import compare, not_measured
 from qlora_trainer.stages.report.export_figures import Yardstick, export_figures, left_out
 from qlora_trainer.stages.report.gap import compute_gap
-from qlora_trainer.stages.report.inputs import TRAINED, Circumstances, Measurements, stage_of
+from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, Circumstances, Measurements, stage_of
 from qlora_trainer.stages.report.sentence import Asked, in_words
 from qlora_trainer.stages.report.setbacks import setbacks
 
@@ -36,7 +36,7 @@ def compose(*, measurements: Measurements, circumstances: Circumstances, resampl
     """
     measured, lost = _set_apart_unmeasured(measurements)
     evaluations = {evaluation.stage: evaluation for evaluation in measured.evaluations}
-    gap = compute_gap(evaluations, resampling)
+    gap = compute_gap(evaluations, resampling, start=QUANTIZED if measured.quantized.bits < 16 else BASE)
     stages = tuple(_stage(evaluation, measured.fidelity.get(evaluation.stage)) for evaluation in measured.evaluations)
     ladder = circumstances.ladder
     yardstick = Yardstick(gap=gap, ladder=ladder, resampling=resampling)

@@ -10,23 +10,27 @@ SMALLEST_GAP = 1e-4
 """Nats per token; a ratio to less than this says more about rounding than about training."""
 
 
-def compute_gap(evaluations: Mapping[str, Evaluation], resampling: Resampling) -> Gap:
+NOT_QUANTIZED = "the base was not quantized, which has cost nothing"
+
+
+def compute_gap(evaluations: Mapping[str, Evaluation], resampling: Resampling, *, start: str = QUANTIZED) -> Gap:
     """Costs and gains between the 16-bit base, the quantized base and the trained model.
 
     Args:
-        evaluations: by stage name; holds at least the three stages that the gap is taken between.
+        evaluations: by stage name; holds at least the stages that the gap is taken between.
         resampling: how the paired intervals are drawn.
+        start: the stage that training started from: the 16-bit base itself where nothing was quantized.
 
     Raises:
         ValueError: a stage is missing, or two stages were measured on different rows.
     """
-    missing = [name for name in (BASE, QUANTIZED, TRAINED) if name not in evaluations]
+    missing = [name for name in dict.fromkeys((BASE, start, TRAINED)) if name not in evaluations]
     if missing:
         raise ValueError(f"the gap is taken between measured stages; evaluate {', '.join(missing)} first")
-    base, quantized, trained = (evaluations[name] for name in (BASE, QUANTIZED, TRAINED))
+    base, quantized, trained = (evaluations[name] for name in (BASE, start, TRAINED))
     cost, cost_interval = difference(quantized, base, resampling=resampling)
     learned, learned_interval = difference(quantized, trained, resampling=resampling)
-    why_null = _why_not_divisible(cost, cost_interval)
+    why_null = NOT_QUANTIZED if start == BASE else _why_not_divisible(cost, cost_interval)
     return Gap(
         quantization_nats=cost,
         quantization_interval=cost_interval,

@@ -9,7 +9,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     METRICS,
     (
         "Trained model",
-        "The quantized base with the unmerged adapter: what training optimised, and what every file is compared with.",
+        "The base as training had it, quantized unless the recipe says otherwise, with the unmerged adapter: what "
+        "training optimised, and what every file is compared with.",
     ),
     (
         "KL to trained",
@@ -20,7 +21,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     (
         "Gain kept",
         "(loss of the quantized base - loss of the file) / (loss of the quantized base - loss of the trained model). "
-        "100 % means that the file is as good as the trained model; more means better than it, on these rows.",
+        "Where nothing was quantized, the 16-bit base stands in the quantized one's place. 100 % means that the file "
+        "is as good as the trained model; more means better than it, on these rows.",
     ),
     (
         "Loss above trained",

@@ -1,6 +1,6 @@
 """What the report is made of: records that other stages handed on, and what the run knows about itself."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from qlora_trainer.numerics.bootstrap import Resampling
@@ -25,6 +25,11 @@ def stage_of(export_format: str) -> str:
     return f"{EXPORT_PREFIX}{export_format}"
 
 
+def start_stage(measured: Collection[str]) -> str:
+    """The stage that training started from: the quantized base, or the 16-bit base where the recipe quantizes none."""
+    return QUANTIZED if QUANTIZED in measured else BASE
+
+
 @dataclass(frozen=True)
 class Measurements:
     """Everything that was measured, on the same test rows in the same order.
@@ -34,7 +39,7 @@ class Measurements:
         fidelity: nearness to the trained model, by stage name; holds every export that was evaluated.
         exports: what was written, whether or not it could be evaluated.
         trained: the result of training.
-        quantized: the quantized base and what quantization did to each layer.
+        quantized: the frozen base and what quantization did to each layer; without layers, nothing was quantized.
         merged: the merged 16-bit model; None leaves the report without a word on which base it went into.
     """
 
@@ -78,6 +83,7 @@ class Notes:
         example: one training row as ``(text, trained)`` pieces in order.
         logged: what was logged while training, by name.
         served_rank: rank of the adapter where a server can put it beside its base, else 0: vLLM knows no DoRA.
+        unpacks_base: whether the base holds integers that PEFT knows nothing of.
     """
 
     name: str
@@ -86,6 +92,7 @@ class Notes:
     example: tuple[tuple[str, bool], ...] = ()
     logged: Mapping[str, Series] = field(default_factory=dict)
     served_rank: int = 0
+    unpacks_base: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,19 @@ class Snippet:
     text: str
 
 
-def snippets(export: ExportFigures, *, quantized_base: str, served_rank: int = 0) -> tuple[Snippet, ...]:
+def snippets(
+    export: ExportFigures, *, quantized_base: str, served_rank: int = 0, unpacks_base: bool = False
+) -> tuple[Snippet, ...]:
     """How to load one export with transformers, PEFT, vLLM or llama.cpp; a command that serves it stands last.
 
     Args:
         export: the file set.
         quantized_base: folder of the base that a ``peft_adapter`` was trained on.
         served_rank: rank of the adapter where vLLM can serve it beside its base, else 0.
+        unpacks_base: whether that base holds integers that PEFT knows nothing of.
     """
     if export.format == "peft_adapter":
-        return tuple(_adapter(export.path, quantized_base, served_rank))
+        return tuple(_adapter(export.path, quantized_base, served_rank, unpacks_base=unpacks_base))
     if export.format.startswith("gguf_"):
         return tuple(_llama_cpp(export))
     needs = " (needs: pip install gptqmodel optimum)" if export.format.startswith("gptq_") else ""
@@ -42,9 +45,9 @@ def snippets(export: ExportFigures, *, quantized_base: str, served_rank: int = 0
     return tuple(found)
 
 
-def _adapter(path: str, quantized_base: str, served_rank: int) -> Iterator[Snippet]:
+def _adapter(path: str, quantized_base: str, served_rank: int, *, unpacks_base: bool) -> Iterator[Snippet]:
     """PEFT puts an adapter onto its base; vLLM serves both side by side, with room for the rank that it is told."""
-    yield Snippet("PEFT", _peft(path, quantized_base))
+    yield Snippet("PEFT", _peft(path, quantized_base, unpacks_base=unpacks_base))
     rank = lora_rank_of_vllm(served_rank)
     if served_rank and rank:
         modules = shlex.quote(f"adapter={path}")
@@ -84,7 +87,9 @@ def _transformers(path: str) -> str:
     )
 
 
-def _peft(path: str, quantized_base: str) -> str:
+def _peft(path: str, quantized_base: str, *, unpacks_base: bool) -> str:
+    # The library's switch for this (CompressedTensorsConfig) would round the weights to bfloat16, whatever the type.
+    unpacked = ("model.hf_quantizer.compressor.decompress_model(model)",) if unpacks_base else ()
     return "\n".join(
         (
             "from peft import PeftModel",
@@ -92,6 +97,7 @@ def _peft(path: str, quantized_base: str) -> str:
             "",
             f"base = {json.dumps(quantized_base)}",
             'model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")',
+            *unpacked,
             f"model = PeftModel.from_pretrained(model, {json.dumps(path)})",
             "tokenizer = AutoTokenizer.from_pretrained(base)",
         )

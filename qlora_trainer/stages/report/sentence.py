@@ -15,7 +15,7 @@ class Asked:
     """What the recipe asks for, as far as the sentence tells it.
 
     Attributes:
-        base_bits: bits of a weight of the quantized base.
+        base_bits: bits of a weight of the frozen base; 16 where nothing was quantized.
         ladder: what is asked of quantized files.
     """
 
@@ -42,7 +42,7 @@ def in_words(
     """
     by_name = {stage.name: stage for stage in stages}
     parts = (
-        f"{_storing(gap, asked.base_bits)}; {_training(gap)}{_keeping(gap, exports, choice=choice)}.",
+        f"{_storing(gap, asked.base_bits)}; {_training(gap)}{_keeping(gap, exports, choice, asked.base_bits)}.",
         _exact(by_name, choice),
         _below_bar(exports, asked.ladder),
         _unverified(exports),
@@ -52,6 +52,8 @@ def in_words(
 
 def _storing(gap: Gap, bits: int) -> str:
     low, high = gap.quantization_interval
+    if bits >= 16:
+        return "The base was not quantized"
     if low <= 0 <= high:
         return f"Storing the model in {bits} bits cost nothing that these test rows can show"
     if gap.quantization_nats < 0:
@@ -70,18 +72,18 @@ def _training(gap: Gap) -> str:
     return f"training on your task won {significant(gap.learned_nats, 3)}{unit}"
 
 
-def _keeping(gap: Gap, exports: tuple[ExportFigures, ...], *, choice: Choice | None) -> str:
+def _keeping(gap: Gap, exports: tuple[ExportFigures, ...], choice: Choice | None, base_bits: int) -> str:
     if gap.learned_interval[0] <= 0 or not exports:
         return ""
     chosen = next((export for export in exports if choice is not None and export.format == choice.format), None)
     if chosen is None or chosen.gain_kept is None:
         return ", but no verified file is sure to keep as much of that as the recipe asks"
-    return f", and {_name(chosen)} keeps {percent(chosen.gain_kept)} of that"
+    return f", and {_name(chosen, base_bits)} keeps {percent(chosen.gain_kept)} of that"
 
 
-def _name(export: ExportFigures) -> str:
+def _name(export: ExportFigures, base_bits: int) -> str:
     if export.format == "peft_adapter":
-        return "the adapter beside its quantized base"
+        return f"the adapter beside its {'quantized' if base_bits < 16 else '16-bit'} base"
     return f"the {export.bits}-bit file ({export.format})"
 
 

@@ -66,6 +66,7 @@ def make(
         example=rows.example,
         logged=read_series(folder.metrics),
         served_rank=0 if recipe.lora.use_dora else recipe.lora.rank,
+        unpacks_base=recipe.quantization.data_type == "gptq_int4",
     )
     write(folder.root, made, measurements=measurements, notes=notes)
     return made

@@ -26,16 +26,20 @@ from qlora_trainer.records import (
     StageFigures,
 )
 from qlora_trainer.stages.report.bars import bar_in_words
-from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of
+from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of, start_stage
 
 WORST_LAYERS = 5
 
 STAGE_NOTES = {
     BASE: "before anything was done",
     QUANTIZED: "stored in few bits, not trained",
-    TRAINED: "the trained model: quantized base + adapter",
     "merged_16bit": "adapter merged into the weights",
 }
+TRAINED_ON = {
+    QUANTIZED: "the trained model: quantized base + adapter",
+    BASE: "the trained model: 16-bit base + adapter",
+}
+"""By the stage that training started from."""
 RUNGS = (
     "round to nearest",
     "GPTQ",
@@ -54,8 +58,13 @@ def gap_table(report: RunReport) -> Table:
     titles += ("KL to trained, nats", "Top-1 agreement", "Size", "Tokens/s", "Peak memory")
     columns = (Column("Stage", is_number=False), *map(Column, titles), Column("Verified", is_number=False))
     verified = {stage_of(export.format): export.verified for export in report.exports}
-    rows = tuple(_stage_row(stage, metrics, verified=verified.get(stage.name)) for stage in report.stages)
-    return Table(columns, rows)
+    start = start_stage({stage.name for stage in report.stages})
+    notes = {**STAGE_NOTES, TRAINED: TRAINED_ON[start]}
+    rows = (
+        _stage_row(stage, metrics, note=notes.get(stage.name), verified=verified.get(stage.name))
+        for stage in report.stages
+    )
+    return Table(columns, tuple(rows))
 
 
 def exports_table(report: RunReport) -> Table:
@@ -126,10 +135,11 @@ def layers_table(layers: tuple[LayerDistortion, ...], *, most: int | None = WORS
     return Table(columns, tuple(_layer_row(layer) for layer in worst))
 
 
-def _stage_row(stage: StageFigures, metrics: tuple[str, ...], *, verified: bool | None) -> tuple[Cell, ...]:
-    note = STAGE_NOTES.get(stage.name, f"file, loaded by {stage.runtime}")
+def _stage_row(
+    stage: StageFigures, metrics: tuple[str, ...], *, note: str | None, verified: bool | None
+) -> tuple[Cell, ...]:
     return (
-        Cell(stage.name, note),
+        Cell(stage.name, note or f"file, loaded by {stage.runtime}"),
         Cell(nats(stage.nats_per_token), interval(stage.interval, nats)),
         Cell(perplexity(stage.nats_per_token)),
         *(_metric_cell(stage, name) for name in metrics),

@@ -9,7 +9,7 @@ from qlora_trainer.pages.axes import Scale, padded, tick_text
 from qlora_trainer.pages.svg import canvas, draw_bar, draw_line, draw_text
 from qlora_trainer.pages.wording import interval, nats, signed_nats
 from qlora_trainer.records import Interval, RunReport
-from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of
+from qlora_trainer.stages.report.inputs import BASE, QUANTIZED, TRAINED, stage_of, start_stage
 
 WIDTH = 1184.0
 NAME_WIDTH = 276.0
@@ -44,7 +44,7 @@ class Step:
 
 
 def steps_of(report: RunReport, paired: Mapping[str, Interval]) -> tuple[Step, ...]:
-    """The steps of a run: base, quantization, training, and from the trained model to each file.
+    """The steps of a run: base, quantization if any, training, and from the trained model to each file.
 
     Args:
         report: the figures.
@@ -55,10 +55,12 @@ def steps_of(report: RunReport, paired: Mapping[str, Interval]) -> tuple[Step, .
     above = {stage_of(export.format): export.loss_above_trained_interval for export in report.exports} | dict(paired)
     first = next(stage for stage in report.stages if stage.name == BASE)
     files = [stage.name for stage in report.stages if stage.name in above]
+    start = start_stage(loss)
+    quantized = Step(QUANTIZED, "quantized", loss[BASE], loss[start], report.gap.quantization_interval)
     return (
         Step(BASE, "base", 0.0, loss[BASE], first.interval),
-        Step(QUANTIZED, "quantized", loss[BASE], loss[QUANTIZED], report.gap.quantization_interval),
-        Step(TRAINED, "trained", loss[QUANTIZED], loss[TRAINED], (-high, -low)),
+        *((quantized,) if start == QUANTIZED else ()),
+        Step(TRAINED, "trained", loss[start], loss[TRAINED], (-high, -low)),
         *(Step(name, "file", loss[TRAINED], loss[name], above[name]) for name in files),
     )
 

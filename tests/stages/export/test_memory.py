@@ -103,9 +103,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Trained]:
         base = llama_of(folder / "base", blocks)
         bench = bench_for(recipe_for(base, folder, calibration=calibration, lora={"rank": 2}))
         adapter = bench.written_adapter(shake(bench.adapted()), folder / "adapter")
-        source = merge.merge_source(
-            bench.recipe, base=bench.base, quantized=bench.quantized, layers=bench.layers, adapter=adapter
-        )
+        source = bench.merge_source(adapter)
         quick = Rounding(scale_epochs=1, learned_steps=2)
         return Trained(replace(export_inputs(bench, adapter, folder, rows=ROWS), rounding=quick), source)
 

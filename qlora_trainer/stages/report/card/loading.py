@@ -43,24 +43,7 @@ def _transformers(place: str) -> str:
 
 
 def _adapter(subject: CardSubject) -> Iterator[Snippet]:
-    base, place = json.dumps(base_name(subject)), json.dumps(subject.place)
-    settings = _base_settings(subject)
-    yield (
-        "PEFT, on the base as it was quantized for training",
-        "python",
-        "\n".join(
-            (
-                "import torch",
-                "from peft import PeftModel",
-                "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
-                "",
-                f"settings = BitsAndBytesConfig({settings})",
-                f"base = AutoModelForCausalLM.from_pretrained({base}, quantization_config=settings)",
-                f"model = PeftModel.from_pretrained(base, {place})",
-                f"tokenizer = AutoTokenizer.from_pretrained({base})",
-            )
-        ),
-    )
+    yield _peft(subject)
     rank = lora_rank_of_vllm(subject.recipe.lora.rank)
     if rank is not None and not subject.recipe.lora.use_dora:
         name = subject.recipe.run.name
@@ -68,8 +51,33 @@ def _adapter(subject: CardSubject) -> Iterator[Snippet]:
         yield "vLLM (not started by this run)", "sh", shlex.join([*served, f"{name}={subject.place}"])
 
 
-def _base_settings(subject: CardSubject) -> str:
+def _peft(subject: CardSubject) -> Snippet:
+    """The adapter on the base as training had it; on the 16-bit base where no library makes that one."""
+    base, place = json.dumps(base_name(subject)), json.dumps(subject.place)
+    dtype, settings = f"torch.{subject.recipe.quantization.compute_dtype}", _base_settings(subject)
+    title, names, loaded = "PEFT, on the 16-bit base", "", f"dtype={dtype}"
+    lines: tuple[str, ...] = ()
+    if settings is not None:
+        title, names = "PEFT, on the base as it was quantized for training", ", BitsAndBytesConfig"
+        lines, loaded = (f"settings = BitsAndBytesConfig({settings})",), "quantization_config=settings"
+    parts = (
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{names}",
+        "",
+        *lines,
+        f"base = AutoModelForCausalLM.from_pretrained({base}, {loaded})",
+        f"model = PeftModel.from_pretrained(base, {place})",
+        f"tokenizer = AutoTokenizer.from_pretrained({base})",
+    )
+    return title, "python", "\n".join(parts)
+
+
+def _base_settings(subject: CardSubject) -> str | None:
+    """How bitsandbytes makes the base again; None for bases that it does not make."""
     settings = subject.recipe.quantization
+    if settings.data_type in ("none", "gptq_int4"):
+        return None
     if settings.data_type == "int8":
         return "load_in_8bit=True"
     return (

@@ -59,7 +59,8 @@ def flow(value: Value) -> str:
 
 def _tags(subject: CardSubject) -> list[str]:
     export, name = subject.export, subject.format
-    tags = ["qlora-trainer", "qlora", "lora", subject.recipe.quantization.data_type]
+    stored = subject.recipe.quantization.data_type
+    tags = ["qlora-trainer", *(["lora"] if stored == "none" else ["qlora", "lora", stored])]
     tags += [kind for kind in ("bitsandbytes", "gptq", "gguf") if name.startswith(f"{kind}_")]
     if name.startswith("compressed_tensors_"):
         tags.append("compressed-tensors")

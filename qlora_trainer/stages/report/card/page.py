@@ -17,6 +17,12 @@ REFERENCE_STAGES = {
     "quantized_base": "base, quantized",
     "adapter_unmerged": "base and adapter, as trained",
 }
+GPTQ_BASE = (
+    "**Its exact base is not part of this file.** It was trained on the base in int4, with integers that GPTQ chose on "
+    "training rows, and the figures above are those of both together. `qlora-trainer quantize` makes that base again "
+    "where the recipe and its rows are. On the 16-bit base, as below, or on another quantized form of it, the adapter "
+    "answers a little differently; a merged file needs no base."
+)
 RECIPE_SECTIONS = ("quantization", "lora", "data", "training", "merge")
 VERSIONS = ("qlora-trainer", "torch", "transformers", "peft", "bitsandbytes", "compressed-tensors")
 
@@ -42,10 +48,11 @@ def _places(subject: CardSubject) -> Iterator[Path]:
 def _top(subject: CardSubject) -> Iterator[str]:
     kind = "LoRA adapter" if subject.is_adapter else "fine-tuned model"
     yield f"# {escape(subject.recipe.run.name)}: {escape(subject.format)}"
+    stored = subject.recipe.quantization.data_type
+    how = "LoRA (16-bit base" if stored == "none" else f"QLoRA ({escape(stored)} base"
     yield (
-        f"A {kind} on the base {escape(subject.base.label)}, trained with QLoRA "
-        f"({escape(subject.recipe.quantization.data_type)} base, rank {subject.recipe.lora.rank}) by qlora-trainer. "
-        "This card was written from the run's report; every figure was measured by that run."
+        f"A {kind} on the base {escape(subject.base.label)}, trained with {how}, rank {subject.recipe.lora.rank}) by "
+        "qlora-trainer. This card was written from the run's report; every figure was measured by that run."
     )
     if subject.export is not None and not subject.export.verified:
         yield "**Not verified: do not rely on this file.**"
@@ -105,6 +112,8 @@ def _loading(subject: CardSubject) -> Iterator[str]:
             "this adapter belongs on what was left, which only the machine that trained it has. Use a merged file."
         )
         return
+    if subject.format == "peft_adapter" and subject.recipe.quantization.data_type == "gptq_int4":
+        yield GPTQ_BASE
     for title, language, text in snippets(subject):
         yield f"{title}:"
         yield fenced(text, language)

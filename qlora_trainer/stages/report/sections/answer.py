@@ -27,7 +27,10 @@ def answer(shown: Shown) -> Answer:
         why = NO_CHOICE if report.exports else NO_FILES
         return Answer("Serve this file", "none", why, "bad" if report.exports else "warn", Facts(()), ())
     loaded = snippets(
-        chosen, quantized_base=str(shown.measurements.quantized.folder), served_rank=shown.notes.served_rank
+        chosen,
+        quantized_base=str(shown.measurements.quantized.folder),
+        served_rank=shown.notes.served_rank,
+        unpacks_base=shown.notes.unpacks_base,
     )
     serving = loaded[-1]
     return Answer(

@@ -70,7 +70,9 @@ def _loading(export: ExportFigures, shown: Shown, *, is_open: bool) -> Fold:
     base = str(shown.measurements.quantized.folder)
     checksums = "\n".join(f"{digest}  {name}" for name, digest in sorted(export.sha256.items()))
     blocks: list[Block] = [Text(export.verification, tone=status_cell(export).tone)]
-    loaded = snippets(export, quantized_base=base, served_rank=shown.notes.served_rank)
+    loaded = snippets(
+        export, quantized_base=base, served_rank=shown.notes.served_rank, unpacks_base=shown.notes.unpacks_base
+    )
     blocks += [Code(snippet.title, snippet.text) for snippet in loaded]
     if checksums:
         code = Code("For sha256sum --check, in the folder of the file", checksums)

@@ -7,13 +7,13 @@ from qlora_trainer.pages.tables import DASH
 from qlora_trainer.pages.wording import interval, nats, percent, significant
 from qlora_trainer.records import Interval, RunReport
 from qlora_trainer.stages.report.gap import difference
-from qlora_trainer.stages.report.inputs import TRAINED, Shown
+from qlora_trainer.stages.report.inputs import BASE, TRAINED, Shown, start_stage
 from qlora_trainer.stages.report.tables import expected_table, gap_table
 from qlora_trainer.stages.report.waterfall import steps_of, waterfall
 
 WATERFALL = (
     "Each bar leads from the loss before a step to the loss after it; the files' bars all start from the trained "
-    "model (quantized base + unmerged adapter). The thin line is the step's interval: both losses are taken on the "
+    "model (frozen base + unmerged adapter). The thin line is the step's interval: both losses are taken on the "
     "same rows, so that steps much smaller than the spread between rows can be told from nothing."
 )
 
@@ -62,8 +62,12 @@ def _paired(shown: Shown) -> dict[str, Interval]:
 
 def _gap(report: RunReport) -> Iterator[Fact]:
     gap = report.gap
+    learned = Fact("Training won", f"{nats(gap.learned_nats)} nats", interval(gap.learned_interval, nats))
+    if start_stage({stage.name for stage in report.stages}) == BASE:
+        yield learned
+        return
     yield Fact("Quantization cost", f"{nats(gap.quantization_nats)} nats", interval(gap.quantization_interval, nats))
-    yield Fact("Training won", f"{nats(gap.learned_nats)} nats", interval(gap.learned_interval, nats))
+    yield learned
     if gap.recovered is None:
         yield Fact("Recovered", DASH, gap.why_null or "")
     else:

@@ -12,10 +12,11 @@ from qlora_trainer.stages.report.tables import layers_table
 
 
 def quantized(shown: Shown) -> Section:
-    """The error of every layer as a map and as a table."""
+    """The error of every layer as a map and as a table; nothing where no layer was quantized."""
     layers = shown.measurements.quantized.layers
-    blocks: list[Block] = [Facts(tuple(_facts(shown.report, layers)))]
+    blocks: list[Block] = []
     if layers:
+        blocks.append(Facts(tuple(_facts(shown.report, layers))))
         caption = (
             "Relative error of each layer: norm of what quantization changed over the norm of the weight. Kinds of "
             "layer down, blocks of the model across. The stronger the colour, the larger the error."
