@@ -1,14 +1,25 @@
 """Where tensors live, how many threads and processes work on them, and where chance comes from."""
 
+import os
 import random
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 import numpy
 import torch
 from torch import Tensor, distributed
 
 from qlora_trainer.runtime.memory import PeakMemory, available_bytes, resident_bytes
+
+KERNEL_CACHES: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""Kernels that oneDNN, and torch on top of it, keep for matrix products in bfloat16 on a CPU, one for each shape.
+
+They keep 1,024 unless told otherwise, of a third to half a megabyte each, and packed rows bring new shapes with every
+micro-batch: 16 steps on gsm8k (embedded base, NF4, bfloat16) ended at 1,403 MiB resident, with 256 kernels at 1,001,
+with 128 at 774; the speed was the same (1,796, 1,905 and 1,917 label tokens a second on two cores)."""
+for _name, _kernels in KERNEL_CACHES.items():
+    # Read at the first product, so it is early enough here; who sets them otherwise is obeyed.
+    os.environ.setdefault(_name, _kernels)
 
 
 def choose_device() -> torch.device:

@@ -1,3 +1,4 @@
+import os
 import random
 import subprocess
 import sys
@@ -87,3 +88,23 @@ def test_two_processes_sum_over_both(tmp_path):
     command = [sys.executable, "-c", PROCESS, str(tmp_path / "rendezvous")]
     children = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
+
+
+def test_products_of_ever_new_shapes_do_not_fill_the_memory() -> None:
+    # A process of its own: the caches are made with their size at a process's first product.
+    program = """
+import torch
+from qlora_trainer.runtime import device
+from qlora_trainer.runtime.memory import resident_bytes
+weight = torch.ones(768, 256, dtype=torch.bfloat16)
+def multiply(sizes):
+    for size in sizes:
+        torch.ones(size, 768, dtype=torch.bfloat16) @ weight
+    return resident_bytes()
+before = multiply(range(500, 800))
+print((multiply(range(800, 1100)) - before) / 2**20)
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in device.KERNEL_CACHES}
+    done = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True)
+    # 300 more shapes: a few MiB with a bound, 100 and more without, where the processor multiplies bfloat16.
+    assert float(done.stdout) < 40
