@@ -241,7 +241,7 @@ def test_two_models_answer_one_below_the_other_or_as_json(finished: tuple[Recipe
 
 def test_chat_keeps_the_conversation_until_it_is_told_to_forget(finished: tuple[Recipe, RunFolder]) -> None:
     recipe, folder = finished
-    said = "Remind me at 203\nRemind me at 203\n/new\nRemind me at 203\n"
+    said = "Remind me at 203\nRemind me at 203\n/new\nRemind me at 203\n/quit\nRemind me at 4\n"
     code, out, _ = invoke("chat", folder.root, "--at", "trained", "--max-new-tokens", "8", said=said)
     first = said_by(recipe, "trained")
     history = [*ASKED, {"role": "assistant", "content": first}, *ASKED]

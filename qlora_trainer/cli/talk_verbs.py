@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from qlora_trainer.cli.speaking import Speakers
     from qlora_trainer.pipeline import Sampling
 
+LEAVING = ("/quit", "/exit", "/bye")
+"""What other chats are left with."""
+
 CHAT_HELP = """Talk to a model of a finished run; answers come word by word.
 
 RUN is the run's folder or its recipe. Without --at the file answers that the report recommends. Answers are the most
-likely ones, the same each time, unless --temperature says otherwise. An empty line or Ctrl-D ends, /new forgets.
+likely ones, the same each time, unless --temperature says otherwise. An empty line, /quit or Ctrl-D ends, /new forgets.
 
 \b
 Examples:
@@ -89,7 +92,9 @@ def _chat(
     with guarded():
         console = make_console()
         speakers, sampling = _opened(run, (at, compare), (temperature, top_k, top_p, seed), trust=trust_remote_code)
-        write(console, f"{' and '.join(speakers.names)} of {run}. An empty line ends, /new forgets.", style="dim")
+        write(
+            console, f"{' and '.join(speakers.names)} of {run}. An empty line or /quit ends, /new forgets.", style="dim"
+        )
         _converse(console, speakers, sampling, system=system, max_new_tokens=max_new_tokens)
 
 
@@ -161,12 +166,12 @@ def _opened(
 def _converse(
     console: Console, speakers: "Speakers", sampling: "Sampling", *, system: str | None, max_new_tokens: int
 ) -> None:
-    """Asks and answers until an empty line or the end of the input."""
+    """Asks and answers until an empty line, a word of ``LEAVING`` or the end of the input."""
     from qlora_trainer.cli.prompts import with_system  # noqa: PLC0415
 
     ask = _asker(console)
     histories: list[list[dict[str, str]]] = [[] for _ in speakers.names]
-    while (said := ask()) is not None:
+    while (said := ask()) is not None and said not in LEAVING:
         if said == "/new":
             histories = [[] for _ in speakers.names]
             continue
