@@ -193,13 +193,19 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The soak's own settings, each but once: one that is asked for takes the place of the script's."""
+    asked = {each.partition("=")[0] for each in arguments.overrides}
+    return [*(each for each in OVERRIDES if each.partition("=")[0] not in asked), *arguments.overrides]
+
+
 def recipe_of(arguments: argparse.Namespace, name: str) -> Recipe:
     places = (
         f"run.name={name}",
         f"run.folder={arguments.work}",
         f"quantization.cache_folder={arguments.work}/quantized",
     )
-    return recipe_file.load(arguments.recipe, [*OVERRIDES, *arguments.overrides, *places])
+    return recipe_file.load(arguments.recipe, [*overrides(arguments), *places])
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -451,7 +457,7 @@ def summary(arguments: argparse.Namespace, journal: Journal) -> Json:
         "recipe": str(
             arguments.recipe.relative_to(ROOT) if arguments.recipe.is_relative_to(ROOT) else arguments.recipe
         ),
-        "overrides": [*OVERRIDES, *arguments.overrides],
+        "overrides": overrides(arguments),
         "seed": arguments.seed,
         "undisturbed_seconds": round(reference["seconds"], 2),
         "adapter_sha256": reference["adapter_sha256"],

@@ -125,12 +125,18 @@ def save(folder: Path, step: int, state: CheckpointState, *, keep: int) -> Path:
         write_text(partial / PROGRESS, json.dumps(state.progress))
         write_text(partial / CHECKSUMS, json.dumps(sha256_of_files(partial), indent=2) + "\n")
     kept = [saved for saved, _ in _newest_first(folder) if saved <= step][:keep]
+    _remove_half_written(folder)
     for saved, old in _newest_first(folder):
         if saved not in kept:
-            shutil.rmtree(old)
+            # Renamed first: a process that is killed while it removes leaves nothing that looks like a checkpoint.
+            old.rename(folder / f".{old.name}.partial")
+    _remove_half_written(folder)
+    return place
+
+
+def _remove_half_written(folder: Path) -> None:
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
-    return place
 
 
 def latest(folder: Path) -> FoundCheckpoint | None:

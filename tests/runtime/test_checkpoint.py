@@ -151,6 +151,20 @@ def test_only_the_newest_are_kept(three, small_state, keep):
     assert names(three) == ["step-000001", "step-000002", "step-000030", "step-000100"][-keep:]
 
 
+def test_a_process_killed_while_it_removes_leaves_nothing_that_looks_like_a_checkpoint(three, small_state, monkeypatch):
+    def die(place, *_args, **_kwargs):
+        next(place.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(three, 9, small_state, keep=1)
+    monkeypatch.undo()
+    assert [place.name for place in three.glob("step-*")] == ["step-000009"]
+    save(three, 10, small_state, keep=1)
+    assert [place.name for place in three.iterdir()] == ["step-000010"]
+
+
 def test_keeping_none_is_refused(tmp_path, small_state):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         save(tmp_path, 1, small_state, keep=0)
