@@ -4,7 +4,6 @@ The same function, with less kept and nothing copied: the library casts the inpu
 and clones the frozen layer's output.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,8 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import Linear
 
 
-class LeanLinear4bit(Linear4bit):  # type: ignore[misc]  # peft is untyped
-    """A peft layer like any other: parameters, names and files are peft's. Only ``forward`` differs.
+class LeanForward:
+    """Stands before a layer of peft's: parameters, names and files are peft's. Only ``forward`` differs.
 
     DoRA and several adapters go the library's way, and so does whatever runs without gradients: a model is measured by
     what it will be served with, to the bit.
@@ -29,14 +28,31 @@ class LeanLinear4bit(Linear4bit):  # type: ignore[misc]  # peft is untyped
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x W^T + b + s dropout(x) A^T B^T`` in the type of ``x``."""
-        adapter = _plain_adapter(self)
+        layer: Any = self
+        adapter = _plain_adapter(layer)
         if adapter is None or args or kwargs:
-            output: Tensor = super().forward(x, *args, **kwargs)
+            library: Any = super()
+            output: Tensor = library.forward(x, *args, **kwargs)
             return output
-        return _lean_forward(self, adapter, x, weight=partial(bnb.dequantized, self.get_base_layer(), x.dtype))
+        update = LowRankUpdate(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
+        dropped = layer.lora_dropout[adapter](x)
+        return adapted_linear(x, self.frozen(x.dtype), update, dropped=None if dropped is x else dropped)
+
+    def frozen(self, dtype: torch.dtype) -> FrozenLayer:
+        """The base layer, for inputs of this type."""
+        raise NotImplementedError
 
 
-class LeanLinear8bit(Linear8bitLt):  # type: ignore[misc]  # peft is untyped
+class LeanLinear4bit(LeanForward, Linear4bit):  # type: ignore[misc]  # peft is untyped
+    """A base layer in NF4 or FP4: dequantized once forward and once backward, never held."""
+
+    def frozen(self, dtype: torch.dtype) -> FrozenLayer:
+        """The 4-bit layer."""
+        base = self.get_base_layer()
+        return FrozenLayer(partial(bnb.dequantized, base, dtype), base.bias)
+
+
+class LeanLinear8bit(LeanForward, Linear8bitLt):  # type: ignore[misc]  # peft is untyped
     """The same for LLM.int8 (arXiv 2208.07339): the library's product forward, its gradient, and nothing kept by it.
 
     The library keeps the input for a gradient of the weight that nobody asks for, where no checkpointing lets it go.
@@ -44,16 +60,16 @@ class LeanLinear8bit(Linear8bitLt):  # type: ignore[misc]  # peft is untyped
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """LLM.int8's ``x W^T + b``, and ``s dropout(x) A^T B^T`` in the type of ``x``."""
+        bnb.keep_scales(self.get_base_layer())
+        return super().forward(x, *args, **kwargs)
+
+    def frozen(self, dtype: torch.dtype) -> FrozenLayer:
+        """The int8 layer."""
         base = self.get_base_layer()
-        bnb.keep_scales(base)
-        adapter = _plain_adapter(self)
-        if adapter is None or args or kwargs:
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
-        return _lean_forward(self, adapter, x, weight=partial(bnb.dequantized, base, x.dtype), product=base)
+        return FrozenLayer(partial(bnb.dequantized, base, dtype), base.bias, base)
 
 
-class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
+class LeanIntegerLinear(LeanForward, Linear):  # type: ignore[misc]  # peft is untyped
     """The same for a base layer of integers and scales: dequantized once forward and once backward, never held."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -61,13 +77,10 @@ class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
         layer: Any = module
         return layer.in_features, layer.out_features
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``x W^T + b + s dropout(x) A^T B^T`` in the type of ``x``."""
-        adapter = _plain_adapter(self)
-        if adapter is None or args or kwargs:
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
-        return _lean_forward(self, adapter, x, weight=partial(self.get_base_layer().dequantized, x.dtype))
+    def frozen(self, dtype: torch.dtype) -> FrozenLayer:
+        """The layer of integers."""
+        base = self.get_base_layer()
+        return FrozenLayer(partial(base.dequantized, dtype), base.bias)
 
     def merge(self, *_args: Any, **_kwargs: Any) -> None:
         """Refused: the sum of integers and a trained delta is on no grid.
@@ -81,30 +94,13 @@ class LeanIntegerLinear(Linear):  # type: ignore[misc]  # peft is untyped
         )
 
 
-class LeanLinear(Linear):  # type: ignore[misc]  # peft is untyped
+class LeanLinear(LeanForward, Linear):  # type: ignore[misc]  # peft is untyped
     """The same for a layer that is not quantized: its weight is there already, in the type of its input."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``x W^T + b + s dropout(x) A^T B^T`` in the type of ``x``."""
-        adapter = _plain_adapter(self)
-        if adapter is None or args or kwargs:
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
-        return _lean_forward(self, adapter, x, weight=partial(self.get_base_layer().weight.to, x.dtype))
-
-
-def _lean_forward(
-    layer: Any,
-    adapter: str,
-    x: Tensor,
-    *,
-    weight: Callable[[], Tensor],
-    product: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    update = LowRankUpdate(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
-    dropped = layer.lora_dropout[adapter](x)
-    frozen = FrozenLayer(weight, layer.get_base_layer().bias, product)
-    return adapted_linear(x, frozen, update, dropped=None if dropped is x else dropped)
+    def frozen(self, dtype: torch.dtype) -> FrozenLayer:
+        """The layer as it is."""
+        base = self.get_base_layer()
+        return FrozenLayer(partial(base.weight.to, dtype), base.bias)
 
 
 def _plain_adapter(layer: Any) -> str | None:
