@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless",
@@ -176,3 +178,11 @@ def _high(end: int) -> int:
     moved = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(end)
     return moved
+
+
+IN_BROWSER = [
+    pytest.mark.browser,
+    pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"),
+    pytest.mark.usefixtures("nothing_to_complain_of"),
+]
+"""Marks of a module whose tests open pages: no page may complain in the console or ask for anything."""

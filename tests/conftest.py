@@ -1,11 +1,13 @@
 """Fixtures that every test may ask for."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.browser import Browser, find_browser, started
 from tests.finished import FinishedRun, carry_out
 from tests.models import tiny_llama
 
@@ -61,3 +63,20 @@ def gguf_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     base = tiny_llama(tmp_path_factory.mktemp("llama256"), hidden_size=256)
     formats = ("merged_16bit", "gguf_q8_0", "gguf_q6_k", "gguf_adapter")
     return carry_out(base, tmp_path_factory.mktemp("gguf-run"), formats)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium, for modules that are marked ``IN_BROWSER``."""
+    with started(str(find_browser()), tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def nothing_to_complain_of(browser: Browser) -> Iterator[None]:
+    """The page that a test opens writes no error and asks for nothing."""
+    browser.complaints.clear()
+    browser.requests.clear()
+    yield
+    assert browser.complaints == []
+    assert browser.requests == []

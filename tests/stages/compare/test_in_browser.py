@@ -1,28 +1,17 @@
 """The page as a reader's browser shows it: nothing is refused, everything is drawn, keys and narrow screens work."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qlora_trainer.stages.compare import write
-from tests.browser import CONTRAST, HOSTILE, Browser, find_browser, started
+from tests.browser import CONTRAST, HOSTILE, IN_BROWSER, Browser
 from tests.stages.compare.compared import COMPARISON
 
-PROGRAM = find_browser()
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed (Debian: apt-get install chromium)"),
-]
+pytestmark = IN_BROWSER
 FRONT = "document.querySelector('#methods svg[data-cells]')"
 READOUT = "document.querySelector('#methods .readout').textContent"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with started(str(PROGRAM), tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +19,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write(COMPARISON, folder)
     return folder / "compare.html"
-
-
-@pytest.fixture(autouse=True)
-def nothing_to_complain_of(browser: Browser) -> Iterator[None]:
-    browser.complaints.clear()
-    browser.requests.clear()
-    yield
-    assert browser.complaints == []
-    assert browser.requests == []
 
 
 def test_both_charts_are_drawn_and_neither_is_empty(browser: Browser, page: Path) -> None:

@@ -1,6 +1,5 @@
 """The page as a reader's browser shows it: nothing is refused, everything is drawn, keys and narrow screens work."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,21 +7,11 @@ import pytest
 
 from qlora_trainer.records import RunReport
 from qlora_trainer.stages.report import Measurements, Notes, write
-from tests.browser import CONTRAST, HOSTILE, Browser, find_browser, started
+from tests.browser import CONTRAST, HOSTILE, IN_BROWSER, Browser
 
-PROGRAM = find_browser()
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed (Debian: apt-get install chromium)"),
-]
+pytestmark = IN_BROWSER
 CURVES = "document.querySelector('svg[data-curves]')"
 READOUT = "document.querySelector('.controls output').textContent"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with started(str(PROGRAM), tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +20,6 @@ def page(tmp_path_factory: pytest.TempPathFactory, report: RunReport, measuremen
     logged = {"train/gradient_norm": tuple((step, 1.0 + step / 400) for step in range(10, 401, 10))}
     write(folder, report, measurements=measurements, notes=replace(notes, logged=logged))
     return folder / "report.html"
-
-
-@pytest.fixture(autouse=True)
-def nothing_to_complain_of(browser: Browser) -> Iterator[None]:
-    browser.complaints.clear()
-    browser.requests.clear()
-    yield
-    assert browser.complaints == []
-    assert browser.requests == []
 
 
 def test_every_chart_is_drawn_and_none_is_empty(browser: Browser, page: Path) -> None:
